@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run's YAML, read into validated, frozen objects.
+
+The YAML holds the model, the data, the run and its token budget. What DeepSpeed owns (batch, precision, ZeRO,
+clipping, optimizer, schedule, monitors) stays in the JSON that `run.deepspeed` names, so every value has one home.
+`python -m merit_ds.training.config` prints the reference that the docs show.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from merit_ds.errors import InputError
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """GPT-2's shape, as Megatron-core names it."""
+
+    num_layers: int = Field(gt=0, description="transformer layers")
+    hidden_size: int = Field(gt=0, description="width of the residual stream, d_model")
+    num_attention_heads: int = Field(gt=0, description="attention heads; must divide hidden_size")
+    seq_length: int = Field(default=1024, gt=1, description="tokens of one sequence, and learned positions")
+    vocab_multiple: int = Field(default=128, gt=0, description="the vocabulary is padded to a multiple of this")
+    init_std: float = Field(default=0.02, gt=0, description="N(0, init_std); residual outputs / sqrt(2 num_layers)")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute each layer in the backward pass instead of keeping its activations"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelConfig":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Token files as `python -m merit_ds.training.data` writes them."""
+
+    prefix: str = Field(description="reads PREFIX_train.bin/.idx and PREFIX_valid.bin/.idx")
+    tokenizer: Literal["gpt2", "byte"] = Field(description="the tokenizer that the data was prepared with")
+    vocab: str | None = Field(default=None, description="GPT-2 BPE ranks file for machines without a network")
+    index_cache: str | None = Field(default=None, description="sample index folder; default: beside the data")
+
+
+class RunConfig(Section):
+    """How long, how often, where to."""
+
+    deepspeed: str = Field(description="the DeepSpeed JSON, relative to this YAML")
+    train_tokens: int = Field(gt=0, description="token budget: steps = floor(tokens / train_batch_size / seq_length)")
+    seed: int = Field(default=1234, ge=0, description="weights and data order")
+    eval_interval: int = Field(default=100, gt=0, description="steps between two validation losses")
+    eval_sequences: int = Field(default=1024, gt=0, description="sequences of one validation loss")
+    log_interval: int = Field(default=1, gt=0, description="steps between two log lines")
+    save: str | None = Field(default=None, description="checkpoints and the run's files; none: nothing is saved")
+    load: str | None = Field(default=None, description="continue from the newest complete checkpoint in here")
+    save_interval: int = Field(default=500, gt=0, description="steps between two checkpoints")
+    keep_checkpoints: int = Field(default=2, gt=0, description="older complete checkpoints are removed")
+    max_bad_steps: int = Field(
+        default=10, gt=0, description="stop after this many non-finite or overflow-skipped steps in a row"
+    )
+    sample_tokens: int = Field(default=0, ge=0, description="tokens of sample text written at the end")
+    sample_prompt: str = Field(default="The ", description="what the sample text continues")
+
+
+class Config(Section):
+    """One recipe: what `pretrain_gpt.py --config` reads."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+
+
+def load_config(path: Path, *, overrides: list[str] | None = None) -> Config:
+    """Read and validate a recipe.
+
+    Args:
+        path: the YAML file; `run.deepspeed` is resolved against its folder.
+        overrides: `section.key=value` settings, each value parsed as YAML; they win over the file. Paths given
+            in overrides are relative to the working directory, as a shell user expects.
+
+    Raises:
+        InputError: one line that names the file, the key and the nearest known one.
+    """
+    values = _read_yaml(path)
+    run = values.get("run")
+    if isinstance(run, dict) and isinstance(run.get("deepspeed"), str):
+        run["deepspeed"] = str(path.parent / run["deepspeed"])
+    for item in overrides or []:
+        _apply_override(values, item)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path}: a recipe has the sections {', '.join(Config.model_fields)}; see configs/ for examples"
+        )
+    return values
+
+
+def _apply_override(values: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise InputError(f"--set {item}: write it as section.key=value, for instance run.seed=7")
+    inner = values.setdefault(section, {})
+    if not isinstance(inner, dict):
+        raise InputError(f"--set {item}: {section} is not a section")
+    try:
+        inner[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {item}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence; an unknown key gets the nearest known one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"key {where!r} is missing"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[str(part)].annotation
+    return list(section.model_fields)
+
+
+def reference() -> str:
+    """The Markdown table of every key: name, default, meaning."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, section in Config.model_fields.items():
+        fields: dict[str, Any] = getattr(section.annotation, "model_fields", {})
+        for key, field in fields.items():
+            default = "required" if field.is_required() else "none" if field.default is None else f"`{field.default}`"
+            lines.append(f"| `{name}.{key}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a function on several gloo ranks of this machine; one process group can serve many cases."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _enter(local_rank: int, function: Callable[..., Any], world: int, port: int, results: Any, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(local_rank),
+        LOCAL_RANK=str(local_rank),
+        WORLD_SIZE=str(world),
+        LOCAL_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)
+    # Set up before DeepSpeed, which then adopts the group: its own set-up would compile an op first.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    try:
+        results.put((local_rank, function(local_rank, *args), None))
+    except BaseException:
+        results.put((local_rank, None, traceback.format_exc()))
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Run `function(rank, *args)` on `world` gloo ranks.
+
+    Args:
+        world: number of processes.
+        function: a module-level function (it is pickled by name); returns something picklable.
+        timeout: seconds until every rank is killed and the test fails.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        AssertionError: with the traceback of every rank that failed.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_enter, args=(rank, function, world, port, results, args), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    outcomes: dict[int, tuple[Any, str | None]] = {}
+    try:
+        while len(outcomes) < world:
+            rank, value, failure = results.get(timeout=timeout)
+            outcomes[rank] = (value, failure)
+            if failure is not None:
+                break
+    finally:
+        for process in processes:
+            process.join(timeout=0 if len(outcomes) < world else 30)
+            if process.is_alive():
+                process.kill()
+    failures = [f"rank {rank}:\n{failure}" for rank, (_, failure) in sorted(outcomes.items()) if failure]
+    assert not failures, "\n".join(failures)
+    return [outcomes[rank][0] for rank in range(world)]
