@@ -1,4 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MERIT (arXiv 2508.20577), exact under DeepSpeed ZeRO."""
+"""MERIT (arXiv 2508.20577) for large-batch training, exact under DeepSpeed ZeRO.
 
+Importing the package registers the optimizer, so that a DeepSpeed JSON may say `"optimizer": {"type": "Merit"}`.
+"""
+
+from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.optimizer import Merit
+from merit_ds.registration import register
+
+__all__ = ["InputError", "Merit", "UnsupportedError"]
 __version__ = "0.1.0"
+
+register(Merit)

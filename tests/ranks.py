@@ -2,6 +2,7 @@
 """Runs a function on several gloo ranks of this machine; one process group can serve many cases."""
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -24,17 +25,17 @@ def _enter(local_rank: int, function: Callable[..., Any], world: int, port: int,
         RANK=str(local_rank),
         LOCAL_RANK=str(local_rank),
         WORLD_SIZE=str(world),
-        LOCAL_SIZE=str(world),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
         DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
-    # Set up before DeepSpeed, which then adopts the group: its own set-up would compile an op first.
+    # Without LOCAL_SIZE, DeepSpeed allots no shared memory, 69 MB a rank, that it would never give back.
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
-        results.put((local_rank, function(local_rank, *args), None))
+        # Pickled here: a queue would pass tensors as handles into a process that is about to end.
+        results.put((local_rank, pickle.dumps(function(local_rank, *args)), None))
     except BaseException:
         results.put((local_rank, None, traceback.format_exc()))
         raise
@@ -79,4 +80,4 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
                 process.kill()
     failures = [f"rank {rank}:\n{failure}" for rank, (_, failure) in sorted(outcomes.items()) if failure]
     assert not failures, "\n".join(failures)
-    return [outcomes[rank][0] for rank in range(world)]
+    return [pickle.loads(outcomes[rank][0]) for rank in range(world)]

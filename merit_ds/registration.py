@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes `"optimizer": {"type": "Merit"}` known to DeepSpeed.
+
+DeepSpeed has no hook for optimizers of others. It looks an unknown type up as an attribute of `torch.optim`, which is
+its documented way to bring one, and lets ZeRO wrap only the exact types in a list of its own.
+"""
+
+import sys
+
+import torch
+
+_NAMES = ("Merit", "MERIT", "merit")
+
+
+def register(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Set `torch.optim.Merit` and its spellings.
+
+    Raises:
+        RuntimeError: a name is taken by somebody else; nothing is overwritten.
+    """
+    for name in _NAMES:
+        present = getattr(torch.optim, name, optimizer)
+        if present.__module__ != optimizer.__module__:  # a reloaded module's class is another object, but ours
+            raise RuntimeError(f"torch.optim.{name} is already {present!r}: merit_ds does not overwrite it")
+    for name in _NAMES:
+        setattr(torch.optim, name, optimizer)
+
+
+def allow_under_zero(optimizer: type[torch.optim.Optimizer]) -> None:
+    """Enter the type in DeepSpeed's list, so that `zero_allow_untested_optimizer` is not needed.
+
+    DeepSpeed builds the optimizer just before it looks at the list. Where it was never imported nothing happens.
+    """
+    zero = sys.modules.get("deepspeed.runtime.zero.utils")
+    if zero is not None and optimizer not in zero.ZERO_SUPPORTED_OPTIMIZERS:
+        zero.ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)

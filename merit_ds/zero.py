@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of DeepSpeed's flat ZeRO-1/2 partitions: the only reader of DeepSpeed's private attributes.
+
+DeepSpeedZeroOptimizer and BF16_Optimizer lay a group's low-precision parameters into one flat buffer, make every
+`parameter.data` a view of it, and hand the optimizer a float32 copy of this rank's slice. So the buffer's real order
+is read from the views themselves. `_hp_mapping` is not enough: with `round_robin_gradients` it describes an order
+that the buffer does not have.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from merit_ds.binding import Shard, logical_matrices
+from merit_ds.errors import UnsupportedError
+from merit_ds.layout import Matrix, ShardLayout
+
+
+def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]) -> Shard:
+    """The shard of a group whose parameters DeepSpeed has flattened.
+
+    Args:
+        param_group: holds this rank's slice, one flat float32 tensor.
+        originals: the group's parameters; those that are frozen or empty are not in the buffer.
+
+    Raises:
+        UnsupportedError: on every rank alike, where the buffer is not what ZeRO-1/2 makes. A slice whose values
+            are not the model's is a `problem` of the returned shard, since other ranks may not see it.
+    """
+    members = [parameter for parameter in originals if hasattr(parameter, "_dp_group")]
+    tensors = param_group["params"]
+    if len(tensors) != 1 or tensors[0].dim() != 1 or tensors[0].dtype != torch.float32:
+        raise UnsupportedError("Merit expects one flat float32 partition for each group from zero_optimization")
+    flat = tensors[0]
+    group = members[0]._dp_group or dist.group.WORLD
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    buffer = _flat_buffer(members, world * flat.numel())
+    matrices = sorted(
+        (matrix for p in members for matrix in logical_matrices(p, param_group, start=int(p.storage_offset()))),
+        key=lambda matrix: matrix.start,
+    )
+    _refuse_overlaps(matrices, buffer.numel())
+    bounds = [index * flat.numel() for index in range(world + 1)]
+    layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
+    return Shard(
+        flat,
+        layout,
+        tuple(matrices),
+        # The attribute is set by one of the two classes only, for its gradient accumulation.
+        wrapper="DeepSpeedZeroOptimizer" if hasattr(members[0], "grad_accum") else "BF16_Optimizer",
+        group=group if world > 1 else None,
+        problem=_value_problem(layout, flat, buffer[bounds[rank] : bounds[rank + 1]]),
+    )
+
+
+def _flat_buffer(members: Sequence[Tensor], size: int) -> Tensor:
+    """The low-precision buffer [size] of which every member is a view."""
+    storage = members[0].untyped_storage()
+    shared = all(
+        parameter.untyped_storage().data_ptr() == storage.data_ptr() and parameter.is_contiguous()
+        for parameter in members
+    )
+    if not shared or storage.nbytes() != size * members[0].element_size():
+        raise UnsupportedError(
+            "Merit cannot find the model's parameters in one flat buffer of ZeRO's: it supports "
+            "zero_optimization.stage 0, 1 and 2; if the model's storage was moved after deepspeed.initialize, do not"
+        )
+    flat = torch.empty(0, dtype=members[0].dtype, device=members[0].device)
+    flat.set_(storage, 0, (size,), (1,))
+    return flat
+
+
+def _refuse_overlaps(matrices: Sequence[Matrix], size: int) -> None:
+    ends = [0, *(matrix.stop for matrix in matrices)]
+    if any(matrix.start < end for matrix, end in zip(matrices, ends, strict=False)) or ends[-1] > size:
+        raise UnsupportedError("Merit found parameters that overlap in ZeRO's flat buffer")
+
+
+def _value_problem(layout: ShardLayout, flat: Tensor, low_precision: Tensor) -> str | None:
+    """Whether the float32 slice holds the model's values, as it must whenever no step is under way."""
+    for fragment in (*layout.cut, *layout.whole):
+        run = slice(fragment.offset, fragment.offset + fragment.numel)
+        master = flat.detach()[run].to(device=low_precision.device, dtype=low_precision.dtype)
+        if not torch.equal(master, low_precision[run]):
+            return (
+                f"ZeRO's float32 weights are not the model's (in a weight of {fragment.matrix.rows} x "
+                f"{fragment.matrix.cols}): if the model was changed after deepspeed.initialize, call "
+                "engine.optimizer.refresh_fp32_params(); else a key of zero_optimization reorders them: remove it"
+            )
+    return None
