@@ -51,12 +51,12 @@ def merit_step(
 
 
 def trust_ratio(weight: Tensor, update: Tensor) -> Tensor:
-    """s: [R, C] for a matrix, [1] for a vector; 1 wherever a maximum that the element needs is zero."""
+    """s: [R, C] for a matrix, a scalar for a vector; 1 wherever a maximum that the element needs is zero."""
     abs_weight, abs_update = weight.abs(), update.abs()
     whole = abs_weight.max() / abs_update.max()
     if weight.dim() < 2:
         undefined = (abs_weight.max() == 0) | (abs_update.max() == 0)
-        return torch.where(undefined, 1.0, whole).reshape(1)
+        return torch.where(undefined, 1.0, whole)
     row_weight, row_update = abs_weight.amax(1, keepdim=True), abs_update.amax(1, keepdim=True)
     col_weight, col_update = abs_weight.amax(0, keepdim=True), abs_update.amax(0, keepdim=True)
     largest = torch.maximum(torch.maximum(row_weight / row_update, col_weight / col_update), whole)

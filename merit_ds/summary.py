@@ -2,23 +2,21 @@
 """The line at start-up that says what Merit found: which rule for how many weights, which wrapper, which kernel."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from merit_ds.binding import Shard
 
-_logger = logging.getLogger("merit_ds")
+# A child of DeepSpeed's logger: shown like DeepSpeed's own lines where that is imported, else an ordinary INFO record.
+logger = logging.getLogger("DeepSpeed.Merit")
 
 
 def log_summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> None:
-    """Log the summary of all groups on rank 0: by DeepSpeed's logger under its wrappers, else as INFO of `merit_ds`."""
-    text = summary(groups)
-    deepspeed = sys.modules.get("deepspeed.utils")
-    if deepspeed is not None and any(shard.wrapper != "none" for _, shards in groups for shard in shards):
-        deepspeed.log_dist(text, ranks=[0])
-    else:
-        _logger.info(text)
+    """Log the summary of all groups, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(summary(groups))
 
 
 def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:
