@@ -2,9 +2,11 @@
 """The two operations in plain torch, on any device.
 
 Every operation is rounded to float32 once. `add(alpha=)`, `addcmul` and `addcdiv` may fuse a multiply-add, and would
-then round differently on another device or in a vector's tail; `torch.sqrt` of float32 may be MKL's on a CPU, which is
-one unit off in 0.7 % of values (measured with torch 2.13), so roots go through double. Work goes tile by tile, so that scratch memory stays
-bounded whatever the size of a weight; `apply` computes the update again instead of keeping it.
+then round differently on another device or in a vector's tail. `torch.sqrt` of float32 may be MKL's on a CPU, which is
+one unit off in 0.7 % of values (measured with torch 2.13), so roots go through double.
+
+Work goes tile by tile, so that scratch memory stays bounded whatever the size of a weight; `apply` computes the update
+again instead of keeping it.
 """
 
 from collections.abc import Iterator
@@ -100,10 +102,7 @@ def apply(
 
 def _update(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
     """u = m / (sqrt(v) + eps) + weight_decay * w, a new tensor."""
-    if hyper.eps_inside_sqrt:
-        root = _sqrt(exp_avg_sq + hyper.eps)
-    else:
-        root = _sqrt(exp_avg_sq).add_(hyper.eps)
+    root = _sqrt(exp_avg_sq + hyper.eps) if hyper.eps_inside_sqrt else _sqrt(exp_avg_sq).add_(hyper.eps)
     return torch.div(exp_avg, root, out=root).add_(weight * hyper.weight_decay)
 
 

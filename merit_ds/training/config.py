@@ -135,8 +135,8 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem as one sentence; an unknown key gets the nearest known one."""
-    first = error.errors()[0]
+    """One problem as one sentence; unknown keys come first, as a misspelt key is also reported as missing."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])

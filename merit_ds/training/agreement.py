@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions that every rank must take alike: small collectives over the default process group.
+
+A rank that stops alone, for a signal, a full disk or a NaN that only it saw, leaves the others waiting in their next
+collective until its timeout, half an hour by default.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from merit_ds.errors import InputError
+
+Result = TypeVar("Result")
+
+
+def agree(flags: Sequence[int], *, device: torch.device | str = "cpu") -> list[int]:
+    """The largest value of each flag over all ranks: one int32 MAX all-reduce, so one for all the flags of a step.
+
+    Args:
+        flags: as many on every rank, each within int32; 0 means "nothing to report".
+        device: where the group's backend can reduce; `engine.device` fits.
+    """
+    values = torch.tensor(list(flags), dtype=torch.int32, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
+
+
+def together(action: Callable[[], Result], *, failing: str) -> list[Result]:
+    """Run `action` on every rank; where it fails on one, fail on all.
+
+    Args:
+        action: must hold no collective that it could leave half-way.
+        failing: begins the error's line, for instance "cannot save the checkpoint".
+
+    Returns:
+        What each rank's action returned, in rank order (it is pickled on the way).
+
+    Raises:
+        InputError: on every rank alike, with the first failing rank's reason in one line.
+    """
+    cause: Exception | None = None
+    outcome: tuple[Result | None, str | None]
+    try:
+        outcome = (action(), None)
+    except Exception as error:
+        cause = error
+        outcome = (None, " ".join(str(error).split()) or type(error).__name__)
+    outcomes: list[tuple[Result, str | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(outcomes, outcome)
+    for rank, (_, reason) in enumerate(outcomes):
+        if reason is not None:
+            raise InputError(f"{failing}: rank {rank}: {reason}") from cause
+    return [result for result, _ in outcomes]
+
+
+def from_rank_zero(action: Callable[[], Result], *, failing: str) -> Result:
+    """What `action` returned on rank 0, which alone runs it; its failure there is raised on every rank.
+
+    Raises:
+        InputError: as `together`.
+    """
+    results = together(lambda: action() if dist.get_rank() == 0 else None, failing=failing)
+    return results[0]  # type: ignore[return-value]

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that a kill at any moment cannot spoil: saving, finding the newest complete one, loading it.
+
+DeepSpeed writes the shards, in its own layout, so its tools (`zero_to_fp32.py`, `ds_to_universal`) work on the result.
+Its `latest` is no commit marker, though: rank 0 writes it while other ranks may still be writing. So here
+1. the shards go into a folder with a temporary name, and every rank agrees that all are written;
+2. every rank flushes and hashes its share of the files; rank 0 writes them into `manifest.json`;
+3. rank 0 renames the folder to `global_step{N}`, which commits it, then replaces `latest`, then removes old ones.
+Whatever is not renamed, or does not match its manifest, is no checkpoint. DeepSpeed's files are pickles, which may run
+code when loaded: the hashes are compared first, and tell damage, not malice. Load only checkpoints that you trust.
+"""
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from merit_ds.errors import InputError
+from merit_ds.training.agreement import from_rank_zero, together
+from merit_ds.training.manifest import (
+    Manifest,
+    find_damage,
+    fingerprint,
+    read_manifest,
+    sync,
+    write_manifest,
+    write_text,
+)
+
+UNFINISHED = "unfinished_checkpoint"
+"""The one temporary name: a checkpoint that is being written, or one that is being removed."""
+CLIENT_STATE = "merit_ds"
+"""The key of the trainer's state within DeepSpeed's, which has keys of its own beside it."""
+ADVICE = {
+    "ranks": "start it on as many ranks as before",
+    "precision": "set bf16 and fp16 in the DeepSpeed JSON as they were",
+    "optimizer": "set optimizer.type in the DeepSpeed JSON as it was",
+    "wrapper": "set zero_optimization.stage (1 and 2 may be exchanged) and grad_accum_dtype as they were",
+}
+"""What to do where a run's set-up is not the checkpoint's."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on the disk."""
+
+    path: Path
+    manifest: Manifest
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, *, step: int, model: dict[str, Any], client_state: dict[str, Any], keep: int
+) -> Path:
+    """Save a checkpoint. A collective: every rank calls it after the same step.
+
+    Args:
+        engine: the DeepSpeed engine, ZeRO stage 0, 1 or 2.
+        folder: the run's checkpoint folder, made where missing; on several hosts one that they share.
+        step: optimizer steps that were done.
+        model: the model's settings, JSON-able; `load_checkpoint` compares them.
+        client_state: what the trainer needs to continue. Rank 0's is saved, and comes back on every rank.
+        keep: complete checkpoints that stay, the new one included; at least 1.
+
+    Returns:
+        The checkpoint's path, `folder/global_step{step}`; with a number behind it where that name is taken.
+
+    Raises:
+        InputError: on every rank, with the reason of the rank that failed, for instance a full disk. What was there
+            before is still there.
+    """
+    failing = f"{folder}: cannot save the checkpoint of step {step}"
+    if engine.use_node_local_storage():
+        raise InputError(f"{failing}: remove checkpoint.use_node_local_storage from the DeepSpeed JSON")
+    try:
+        sequence = from_rank_zero(lambda: _begin(folder), failing=failing)
+        together(lambda: _write_shards(engine, folder, client_state), failing=failing)
+        manifest = Manifest(
+            sequence=sequence,
+            step=step,
+            zero_stage=int(engine.zero_optimization_stage()),
+            setup=_setup(engine),
+            model=model,
+            files=_flush_and_hash(folder / UNFINISHED, failing=failing),
+        )
+        path = from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
+    except InputError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        raise
+    from_rank_zero(lambda: _remove_old(folder, keep=keep), failing=f"{folder}: cannot remove old checkpoints")
+    return path
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `folder`, or None where there is none at all. A collective.
+
+    Every rank hashes a share of the files, and all take the same checkpoint. For each damaged one that is newer, rank
+    0 logs a warning that names the file.
+
+    Raises:
+        InputError: there are checkpoints, but none is complete.
+    """
+    failing = f"{folder}: cannot look for checkpoints"
+    complete, problems = from_rank_zero(lambda: _read_manifests(folder), failing=failing)
+    for checkpoint in complete:
+        damage = _find_damage(checkpoint)
+        if damage is None:
+            _warn(problems)
+            return checkpoint
+        problems.append(damage)
+    if problems:
+        raise InputError(f"{folder}: no complete checkpoint among {len(problems)}; the first: {problems[0]}")
+    return None
+
+
+def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any]:
+    """Load the newest complete checkpoint into the engine. A collective; the files stay as they are.
+
+    Args:
+        engine: the DeepSpeed engine, set up as when the checkpoint was saved.
+        folder: the run's checkpoint folder.
+        model: as given to `save_checkpoint`.
+
+    Returns:
+        The client state that was saved.
+
+    Raises:
+        InputError: before anything is loaded: no checkpoint there, none complete, or one of another model, number of
+            ranks, precision, optimizer or ZeRO layout; names both values and the key to change.
+    """
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        raise InputError(f"{folder}: no checkpoint there; check run.load, or leave it out to start anew")
+    _check_fit(checkpoint, engine, model)
+    states: dict[str, Any] = {}
+
+    def load() -> None:
+        states.update(engine.load_checkpoint(str(folder), tag=checkpoint.path.name)[1])
+
+    together(load, failing=f"{checkpoint.path}: cannot load it")
+    return dict(states[CLIENT_STATE])
+
+
+def _begin(folder: Path) -> int:
+    """Make an empty folder under the temporary name; the new checkpoint's sequence number."""
+    unfinished = folder / UNFINISHED
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    complete, _ = _read_manifests(folder)
+    return 1 + max((checkpoint.manifest.sequence for checkpoint in complete), default=0)
+
+
+def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
+    state = {CLIENT_STATE: client_state}
+    try:
+        engine.save_checkpoint(str(folder), tag=UNFINISHED, client_state=state, save_latest=False)
+    except Exception:
+        # DeepSpeed's last act is a barrier: the ranks that did not fail wait there for this one.
+        dist.barrier()
+        raise
+
+
+def _flush_and_hash(unfinished: Path, *, failing: str) -> dict[str, tuple[int, str]]:
+    """Every file's size and sha256; each rank reads a share of the files, and flushes it to the disk first."""
+    names = from_rank_zero(
+        lambda: sorted(str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()),
+        failing=failing,
+    )
+    share = names[dist.get_rank() :: dist.get_world_size()]
+
+    def flush_and_hash() -> dict[str, tuple[int, str]]:
+        for name in share:
+            sync(unfinished / name)
+        return {name: fingerprint(unfinished / name) for name in share}
+
+    parts = together(flush_and_hash, failing=failing)
+    return {name: part[name] for name in names for part in parts if name in part}
+
+
+def _commit(folder: Path, manifest: Manifest) -> Path:
+    write_manifest(folder / UNFINISHED, manifest)
+    path = next(path for path in _names(folder, manifest.step) if not path.exists())
+    (folder / UNFINISHED).rename(path)
+    sync(folder)
+    write_text(folder / "latest", path.name)
+    return path
+
+
+def _names(folder: Path, step: int) -> Iterator[Path]:
+    """A name that is taken, by a damaged checkpoint or by an earlier run's, is never reused."""
+    yield folder / f"global_step{step}"
+    for number in itertools.count(2):
+        yield folder / f"global_step{step}_{number}"
+
+
+def _remove_old(folder: Path, *, keep: int) -> None:
+    try:
+        for checkpoint in _read_manifests(folder)[0][keep:]:
+            # Renamed first: a kill half-way must not leave half a checkpoint under a complete one's name.
+            checkpoint.path.rename(folder / UNFINISHED)
+            shutil.rmtree(folder / UNFINISHED)
+    except OSError as error:
+        logger.warning("%s: cannot remove an old checkpoint: %s", error.filename, error.strerror)
+
+
+def _read_manifests(folder: Path) -> tuple[list[Checkpoint], list[str]]:
+    """Checkpoints with a sound manifest, the newest first, and a line for each that has none."""
+    checkpoints, problems = [], []
+    for path in sorted(folder.glob("global_step*/")):
+        try:
+            checkpoints.append(Checkpoint(path, read_manifest(path)))
+        except ValueError as error:
+            problems.append(str(error))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.manifest.sequence, reverse=True), problems
+
+
+def _find_damage(checkpoint: Checkpoint) -> str | None:
+    """The first damaged file, the same on every rank."""
+    share = list(checkpoint.manifest.files.items())[dist.get_rank() :: dist.get_world_size()]
+    found = together(
+        lambda: [find_damage(checkpoint.path / name, expected) for name, expected in share],
+        failing=f"{checkpoint.path}: cannot check it",
+    )
+    return next((damage for damage in itertools.chain.from_iterable(found) if damage), None)
+
+
+def _warn(problems: list[str]) -> None:
+    if dist.get_rank() == 0:
+        for problem in problems:
+            logger.warning("skipped a damaged checkpoint: %s", problem)
+
+
+def _setup(engine: Any) -> dict[str, Any]:
+    return {
+        "ranks": dist.get_world_size(),
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "optimizer": type(engine.basic_optimizer).__name__,
+        "wrapper": type(engine.optimizer).__name__,
+    }
+
+
+def _check_fit(checkpoint: Checkpoint, engine: Any, model: dict[str, Any]) -> None:
+    """Compare what DeepSpeed would find out half-way through loading, or never."""
+    saved = checkpoint.manifest
+    # Through JSON and back, as the saved ones went: a tuple comes back as a list.
+    for there, here in ((saved.model, model), (saved.setup, _setup(engine))):
+        here = json.loads(json.dumps(here))
+        for key in [*there, *(key for key in here if key not in there)]:
+            if there.get(key) != here.get(key):
+                advice = ADVICE.get(key, "use the recipe that it was saved with")
+                raise InputError(
+                    f"{checkpoint.path}: saved with {key} {there.get(key)}, this run has {here.get(key)}; {advice}"
+                )

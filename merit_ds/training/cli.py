@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's command line, and how its errors look to a person."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.training.config import Config, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe, and Megatron's habitual flags as short forms of `--set run.…`."""
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="the recipe; see configs/")
+    parser.add_argument("--save", metavar="DIR", help="checkpoints and reports of the run (run.save)")
+    parser.add_argument("--load", metavar="DIR", help="continue from the newest complete checkpoint in it (run.load)")
+    parser.add_argument("--save-interval", type=int, metavar="N", help="steps between checkpoints (run.save_interval)")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="in place of the recipe's (run.deepspeed)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change any value of the recipe, for instance --set data.prefix=data/books; may be repeated",
+    )
+    # DeepSpeed's launcher passes it; the trainer reads LOCAL_RANK, which torchrun and srun can set as well.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def resolve_config(arguments: argparse.Namespace) -> Config:
+    """The recipe with the command line's values in it.
+
+    Raises:
+        InputError: the recipe or a value is not valid.
+    """
+    flags = {
+        "run.save": arguments.save,
+        "run.load": arguments.load,
+        "run.save_interval": arguments.save_interval,
+        "run.deepspeed": arguments.deepspeed_config,
+    }
+    given = [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in flags.items() if value is not None]
+    return load_config(arguments.config, overrides=arguments.set + given)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn the package's errors into one line on stderr and exit status 1; others keep their traceback.
+
+    An InputError is the same on every rank, so one rank of each host prints it.
+    """
+    try:
+        yield
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except UnsupportedError as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

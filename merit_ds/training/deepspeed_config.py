@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSpeed JSON, checked for what would otherwise fail late, or not at all."""
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merit_ds.errors import InputError
+from merit_ds.optimizer import Merit
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed JSON.
+
+    Raises:
+        InputError: unreadable, not UTF-8, not JSON (with its line), a key given twice, a ZeRO stage that the
+            trainer does not support, two precisions at once, or an option that Merit does not have.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        if not isinstance(values, dict):
+            raise InputError("a DeepSpeed config is a JSON object; see configs/ for examples")
+        model_dtype(values)
+        _check_zero_stage(values)
+        _check_optimizer(values)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return values
+
+
+def section(ds_config: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The object under `names`, one inside the other; an empty one where it is absent.
+
+    Raises:
+        InputError: something else than a JSON object lies there.
+    """
+    for depth, name in enumerate(names, start=1):
+        ds_config = ds_config.get(name, {})
+        if not isinstance(ds_config, dict):
+            raise InputError(f"{'.'.join(names[:depth])} must be a JSON object, but is {ds_config!r}")
+    return ds_config
+
+
+def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The parameters' dtype that DeepSpeed trains in: `bf16.enabled`, `fp16.enabled`, else float32.
+
+    Raises:
+        InputError: both are enabled, or a value is not a boolean.
+    """
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        enabled[name] = section(ds_config, name).get("enabled", False)
+        if not isinstance(enabled[name], bool):
+            raise InputError(f"{name}.enabled must be true or false, but is {enabled[name]!r}")
+    if all(enabled.values()):
+        raise InputError("bf16.enabled and fp16.enabled are both true; keep one")
+    return torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise InputError(f"key {key!r} is given twice in one object")
+        values[key] = value
+    return values
+
+
+def _check_zero_stage(ds_config: dict[str, Any]) -> None:
+    stage = section(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2):
+        raise InputError(f"zero_optimization.stage is {stage!r}; this trainer supports 0, 1 and 2")
+
+
+def _check_optimizer(ds_config: dict[str, Any]) -> None:
+    """DeepSpeed hands the JSON's options to Merit's constructor; a wrong one would fail after the model is built."""
+    if str(section(ds_config, "optimizer").get("type")).lower() != "merit":
+        return
+    options = section(ds_config, "optimizer", "params")
+    known = [name for name in inspect.signature(Merit).parameters if name != "params"]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise InputError(f"optimizer.params: Merit has no option {name!r}; {hint}")
+    if "lr" not in options:
+        raise InputError("optimizer.params.lr is missing; Merit has no default learning rate")
+    try:
+        Merit([torch.zeros(1)], **options)
+    except ValueError as error:
+        raise InputError(f"optimizer.params: {error}") from None

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: the log line, metrics.jsonl, DeepSpeed's monitors, the loss curve, and how the run was made."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merit_ds.training.config import ModelConfig
+from merit_ds.training.manifest import write_text
+
+_PACKAGES = ("merit-ds", "torch", "deepspeed", "megatron-core", "transformer-engine", "apex", "tiktoken", "numpy")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The values of one log line, agreed on by all ranks.
+
+    Attributes:
+        iteration: optimizer steps done.
+        consumed_samples: sequences consumed.
+        seconds: per step, evaluation and saving not counted.
+        learning_rate: of the last of these steps.
+        tflops_per_gpu: model FLOPs (no recomputation) per second and rank, / 1e12.
+        loss: mean of the steps since the last line, nats a token.
+        grad_norm: of the averaged gradient before clipping; 0 where DeepSpeed gives none.
+        skipped: steps that DeepSpeed skipped for overflow, since the start of the process.
+        nan: steps with a non-finite loss, since the start of the process.
+        tokens_per_second: over all ranks.
+    """
+
+    iteration: int
+    consumed_samples: int
+    seconds: float
+    tflops_per_gpu: float
+    learning_rate: float
+    global_batch_size: int
+    loss: float
+    loss_scale: float
+    grad_norm: float
+    skipped: int
+    nan: int
+    tokens_per_second: float
+
+    def line(self, *, steps: int) -> str:
+        """Megatron-LM's log line: its fields in its order, ours behind them."""
+        return (
+            f" [{datetime.now():%Y-%m-%d %H:%M:%S}]"
+            f" iteration {self.iteration:8d}/{steps:8d} |"
+            f" consumed samples: {self.consumed_samples:12d} |"
+            f" elapsed time per iteration (ms): {self.seconds * 1000:.1f} |"
+            f" throughput per GPU (TFLOP/s/GPU): {self.tflops_per_gpu:.4g} |"
+            f" learning rate: {self.learning_rate:.6E} |"
+            f" global batch size: {self.global_batch_size:5d} |"
+            f" lm loss: {self.loss:.6E} |"
+            f" loss scale: {self.loss_scale:.1f} |"
+            f" grad norm: {self.grad_norm:.3f} |"
+            f" number of skipped iterations: {self.skipped:3d} |"
+            f" number of nan iterations: {self.nan:3d} |"
+            f" tokens/s: {self.tokens_per_second:.0f} |"
+        )
+
+    def events(self) -> list[tuple[str, float, int]]:
+        """For DeepSpeed's monitors, which log the learning rate and the loss by themselves."""
+        return [
+            ("Train/Samples/grad_norm_before_clipping", self.grad_norm, self.consumed_samples),
+            ("Train/Samples/tokens_per_second", self.tokens_per_second, self.consumed_samples),
+        ]
+
+
+def flops_per_sequence(model: ModelConfig, *, vocab_rows: int) -> float:
+    """Model FLOPs of one sequence, forward and backward, as Megatron-LM counts them (arXiv 2104.04473, section 5.1).
+
+    96 B s l h^2 (1 + s/6h + V/16lh) there includes a second forward pass for recomputation; without it the factor
+    is 72 and the last term V/12lh.
+    """
+    s, h, layers = model.seq_length, model.hidden_size, model.num_layers
+    return 72 * s * layers * h**2 * (1 + s / (6 * h) + vocab_rows / (12 * layers * h))
+
+
+class RunFolder:
+    """The files of a run beside its checkpoints. Only rank 0 has one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+
+    def begin(self, description: dict[str, Any], *, step: int) -> None:
+        """Write run.json, and drop the metrics of steps after `step`, which will be taken again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "run.json", json.dumps(description | provenance(), indent=1) + "\n")
+        kept = [row for row in self.rows() if row["iteration"] <= step]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All metrics so far; a last line that a kill cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row; it has an `iteration`."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def add_step(self, report: StepReport) -> None:
+        """Append a log line's values."""
+        self.add(asdict(report))
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision and host, to tell later how a result was made."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "time": datetime.now().isoformat(timespec="seconds"),
+        "git": revision.stdout.strip() or None,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def draw_losses(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Training and validation loss against steps, as a PNG.
+
+    Args:
+        rows: of metrics.jsonl, with `loss` or `valid_loss`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
+        points = [(row["iteration"], row[key]) for row in rows if key in row]
+        axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1.2, markersize=4)
+        if points:
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(4, 4), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sample text from a model, to see what it has learned."""
+
+import torch
+
+from merit_ds.training.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def sample_text(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str,
+    tokens: int,
+    seq_length: int,
+    device: torch.device,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt, token by token, until `tokens` more or the end of a document.
+
+    The whole context is computed again for each token: simple, and quick enough for a paragraph.
+
+    Args:
+        model: as `build_model` returns it, unsharded; it is left in training mode.
+        prompt: not empty.
+        seq_length: longest context; the oldest tokens drop out.
+        temperature: above 0; the smaller, the likelier the tokens.
+        seed: of the draw; torch's global random state is not touched.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(tokenizer.encode(prompt))
+    model.eval()
+    for _ in range(tokens):
+        context = torch.tensor([ids[-seq_length:]], device=device)
+        positions = torch.arange(context.size(1), device=device).unsqueeze(0)
+        # The rows that pad the vocabulary are no tokens.
+        logits = model(context, positions, None)[0, -1, : tokenizer.vocab_size].float().cpu()
+        chosen = int(torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator))
+        if chosen == tokenizer.eod:
+            break
+        ids.append(chosen)
+    model.train()
+    return tokenizer.decode(ids)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-train a Megatron-core GPT under DeepSpeed.
+
+    deepspeed --num_gpus 2 pretrain_gpt.py --config configs/quickstart.yaml
+
+The YAML holds model, data, run and token budget; the DeepSpeed JSON that it names holds batch, precision, ZeRO,
+optimizer and schedule. On a machine without a GPU the same command runs on gloo.
+"""
+
+import argparse
+
+from merit_ds.training.cli import add_arguments, report_errors, resolve_config
+from merit_ds.training.config import Config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    with report_errors():
+        pretrain(resolve_config(arguments))
+
+
+def pretrain(config: Config) -> None:
+    # Megatron-core and DeepSpeed take seconds to import: what can be refused without them was refused before.
+    from merit_ds.training import setup
+    from merit_ds.training.trainer import Trainer
+
+    plan = setup.make_plan(config)
+    setup.start_distributed(plan)
+    datasets = setup.open_data(plan)
+    model = setup.build(plan)
+    engine = setup.wrap(plan, model)
+    trainer = Trainer(engine, plan, datasets)
+    trainer.resume()
+    trainer.train()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main()
