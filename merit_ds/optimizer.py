@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, cast, overload
 
@@ -19,6 +20,15 @@ from merit_ds.summary import log_summary
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A group as it was given: DeepSpeed later replaces the tensors in the dict, a schedule the learning rate."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    lr: float
 
 
 class Merit(torch.optim.Optimizer):
@@ -64,8 +74,7 @@ class Merit(torch.optim.Optimizer):
         decay_vectors: bool = False,
         eps_inside_sqrt: bool = False,
     ) -> None:
-        # DeepSpeed replaces the tensors inside the group dicts; the dicts themselves stay the same objects.
-        self._origins: list[tuple[dict[str, Any], list[Tensor]]] = []
+        self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
         defaults = {
             "lr": lr,
@@ -91,7 +100,7 @@ class Merit(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._origins.append((added, list(added["params"])))
+        self._origins.append(_Origin(added, list(added["params"]), float(added["lr"])))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -141,9 +150,9 @@ class Merit(torch.optim.Optimizer):
         ]
         for tensor, state in pairs:
             _check_state(tensor, state)
-        origins = [self._originals(group) for group in self.param_groups]
+        origins = [self._origin(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        self._origins = list(zip(self.param_groups, origins, strict=True))
+        self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
         for tensor, state in pairs:
             for name in _MOMENTS:
@@ -152,23 +161,28 @@ class Merit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_origins"):  # a copy or an unpickled optimizer; torch keeps the groups only
-            self._origins = [(group, list(group["params"])) for group in self.param_groups]
+            self._origins = [_Origin(group, list(group["params"]), float(group["lr"])) for group in self.param_groups]
             self._bound = {}
 
-    def _originals(self, group: dict[str, Any]) -> list[Tensor]:
-        for known, originals in self._origins:
-            if known is group:
-                return originals
+    def _origin(self, group: dict[str, Any]) -> _Origin:
+        for origin in self._origins:
+            if origin.group is group:
+                return origin
         raise UnsupportedError("Merit's param_groups were replaced: change the groups in place, or use add_param_group")
 
     def _bind(self, group: dict[str, Any]) -> list[Shard]:
         """The group's shards that were not bound before."""
         if all(tensor in self._bound for tensor in group["params"]):
             return []
-        shards = bind(group, self._originals(group))
+        shards = bind(group, self._origin(group).parameters)
         self._bound.update({shard.tensor: shard for shard in shards})
-        if all(tensor in self._bound for known, _ in self._origins for tensor in known["params"]):
-            log_summary([(known, [self._bound[t] for t in known["params"]]) for known, _ in self._origins])
+        if all(tensor in self._bound for origin in self._origins for tensor in origin.group["params"]):
+            log_summary(
+                [
+                    (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in origin.group["params"]])
+                    for origin in self._origins
+                ]
+            )
         return shards
 
     def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:

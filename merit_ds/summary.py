@@ -2,6 +2,7 @@
 """The line at start-up that says what Merit found: which rule for how many weights, which wrapper, which kernel."""
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,22 @@ import torch.distributed as dist
 
 from merit_ds.binding import Shard
 
-# A child of DeepSpeed's logger: shown like DeepSpeed's own lines where that is imported, else an ordinary INFO record.
-logger = logging.getLogger("DeepSpeed.Merit")
+logger = logging.getLogger("merit_ds")
 
 
 def log_summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> None:
-    """Log the summary of all groups, on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.info(summary(groups))
+    """Log the summary of all groups as INFO of the logger `merit_ds`, on rank 0.
+
+    A program that sets up logging decides what becomes of it. For all others it goes to stdout: DeepSpeed's own logger
+    shows warnings only, and a user should see what Merit found.
+    """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    logger.info(summary(groups))
 
 
 def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:

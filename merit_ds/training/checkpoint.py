@@ -121,7 +121,13 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any]:
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether anything in `folder` has a checkpoint's name, complete or not. A collective."""
+    failing = f"{folder}: cannot look for checkpoints"
+    return from_rank_zero(lambda: any(folder.glob("global_step*")), failing=failing)
+
+
+def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any] | None:
     """Load the newest complete checkpoint into the engine. A collective; the files stay as they are.
 
     Args:
@@ -130,15 +136,15 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
         model: as given to `save_checkpoint`.
 
     Returns:
-        The client state that was saved.
+        The client state that was saved; None where there is no checkpoint at all.
 
     Raises:
-        InputError: before anything is loaded: no checkpoint there, none complete, or one of another model, number of
-            ranks, precision, optimizer or ZeRO layout; names both values and the key to change.
+        InputError: before anything is loaded: there are checkpoints but none is complete, or the newest is of another
+            model, number of ranks, precision, optimizer or ZeRO layout; names both values and the key to change.
     """
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
-        raise InputError(f"{folder}: no checkpoint there; check run.load, or leave it out to start anew")
+        return None
     _check_fit(checkpoint, engine, model)
     states: dict[str, Any] = {}
 

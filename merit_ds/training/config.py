@@ -50,7 +50,6 @@ class DataConfig(Section):
     prefix: str = Field(description="reads PREFIX_train.bin/.idx and PREFIX_valid.bin/.idx")
     tokenizer: Literal["gpt2", "byte"] = Field(description="the tokenizer that the data was prepared with")
     vocab: str | None = Field(default=None, description="GPT-2 BPE ranks file for machines without a network")
-    index_cache: str | None = Field(default=None, description="sample index folder; default: beside the data")
 
 
 class RunConfig(Section):

@@ -192,7 +192,7 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
 
 def _rows(rows: Any, dataset: str, split: Split) -> Iterator[Document]:
     for number, row in enumerate(rows):
-        yield Document(row["text"], f"{dataset} {split} row {number}", len(row["text"]), split)
+        yield Document(row["text"], f"{dataset} {split} row {number}", len(row["text"].encode()), split)
 
 
 def _token_stream(path: Path, split: Split) -> Iterator[Document]:

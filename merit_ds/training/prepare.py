@@ -29,7 +29,7 @@ from merit_ds.training.encode import Encoder, encode_all
 def prepare(source: Source, encoder: Encoder, *, prefix: str, workers: int, overwrite: bool) -> DataManifest:
     """Tokenize a source into PREFIX_train.bin/.idx, PREFIX_valid.bin/.idx and PREFIX.json.
 
-    Memory is bounded by the batches in flight, except for Megatron-core's index: about 120 bytes a document.
+    Memory is bounded by the batches in flight, except for Megatron-core's index: about 130 bytes a document.
 
     Args:
         source: the documents.

@@ -30,7 +30,7 @@ def sample_text(
         seed: of the draw; torch's global random state is not touched.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = list(tokenizer.encode(prompt))
+    ids = tokenizer.encode(prompt).tolist()
     model.eval()
     for _ in range(tokens):
         context = torch.tensor([ids[-seq_length:]], device=device)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens before the first step: check everything on paper, then processes, data, model, engine."""
 
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from pydantic import ValidationError
 
 import merit_ds  # noqa: F401  (registers the optimizer)
 from merit_ds.errors import InputError
-from merit_ds.summary import logger as summary_logger
 from merit_ds.training.agreement import together
 from merit_ds.training.config import Config
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
@@ -69,9 +67,6 @@ def start_distributed(plan: Plan) -> None:
     Raises:
         InputError: a killed build left a lock on which DeepSpeed would wait forever.
     """
-    # DeepSpeed reports each of its hundred settings at INFO; the summary of Merit is worth its line.
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    summary_logger.setLevel(logging.INFO)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)  # started by plain python: a run of one rank
     os.environ.setdefault("MASTER_PORT", "29500")

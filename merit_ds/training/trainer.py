@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import agree
-from merit_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from merit_ds.training.checkpoint import holds_checkpoints, load_checkpoint, save_checkpoint
+from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, micro_batches
 from merit_ds.training.evaluation import validation_loss
 from merit_ds.training.interrupt import BadSteps, Interrupt
@@ -41,18 +42,24 @@ class Trainer:
         self._folder = RunFolder(Path(save)) if save and plan.rank == 0 else None
 
     def resume(self) -> None:
-        """Continue from `run.load`, or begin.
+        """Continue from `run.load`, or begin. With `run.load` equal to `run.save` the first start finds nothing there,
+        so one command serves a job that is started again and again.
 
         Raises:
-            InputError: nothing there to continue from, or `run.save` holds another run's checkpoints.
+            InputError: nothing to continue from in another folder, or `run.save` holds another run's checkpoints.
         """
         run = self.plan.config.run
-        if run.load and not (run.load == run.save and find_checkpoint(Path(run.load)) is None):
+        if run.save and run.save != run.load and holds_checkpoints(Path(run.save)):
+            # A new run would remove the older one's checkpoints, as it keeps only its newest.
+            raise InputError(f"{run.save} holds checkpoints: continue them with --load {run.save}, or --save elsewhere")
+        if run.load:
             state = load_checkpoint(self.engine, Path(run.load), model=self._model_settings())
-            self.step = self._saved_step = state["step"]
-            self._say(f"continuing from step {self.step} in {run.load}")
-        elif run.save:
-            _refuse_used(Path(run.save))
+            if state is not None:
+                self._check_order(state["order"])
+                self.step = self._saved_step = state["step"]
+                self._say(f"continuing from step {self.step} in {run.load}")
+            elif run.load != run.save:
+                raise InputError(f"{run.load}: no checkpoint there; check run.load, or leave it out to start anew")
         if self._folder:
             description = {"config": self.plan.config.model_dump(), "deepspeed": self.plan.ds_config}
             self._folder.begin(description, step=self.step)
@@ -187,17 +194,38 @@ class Trainer:
         run = self.plan.config.run
         if not run.save or self._bad_steps.in_a_row or self._saved_step == self.step:
             return
+        spoilt = any(not parameter.isfinite().all() for parameter in self.engine.module.parameters())
+        if agree([int(spoilt)], device=self.plan.device)[0]:
+            self._say(f" no checkpoint of step {self.step}: the weights hold Inf or NaN")
+            return
         start = time.perf_counter()
         path = save_checkpoint(
             self.engine,
             Path(run.save),
             step=self.step,
             model=self._model_settings(),
-            client_state={"step": self.step},
+            client_state={"step": self.step, "order": self._order()},
             keep=run.keep_checkpoints,
         )
         self._saved_step = self.step
         self._say(f" saved checkpoint {path} in {time.perf_counter() - start:.1f} s")
+
+    def _order(self) -> dict[str, Any]:
+        """What decides which sequences a step takes."""
+        return {
+            "run.seed": self.plan.config.run.seed,
+            "train_batch_size": self.plan.batch.global_batch,
+            "the number of steps": self.plan.steps,
+            "the training data's sha256": read_manifest(self.plan.config.data.prefix).split("train").bin.sha256,
+        }
+
+    def _check_order(self, saved: dict[str, Any]) -> None:
+        for key, here in self._order().items():
+            if saved[key] != here:
+                raise InputError(
+                    f"{self.plan.config.run.load}: {key} was {saved[key]} and is {here} in this run, so it would see "
+                    "other sequences: continue with the same recipe and data"
+                )
 
     def _model_settings(self) -> dict[str, Any]:
         """What a checkpoint fits: recomputation changes no result and is left out."""
@@ -234,9 +262,3 @@ class _Interval:
         self._loss.zero_()
         self._steps, self._seconds = 0, 0.0
         return result
-
-
-def _refuse_used(folder: Path) -> None:
-    """A new run would remove the older checkpoints of the one that lies there."""
-    if find_checkpoint(folder) is not None:
-        raise InputError(f"{folder} holds a run's checkpoints: continue it with --load {folder}, or --save elsewhere")

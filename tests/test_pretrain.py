@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real `pretrain_gpt.py` under DeepSpeed's real launcher: train, stop in every way, continue bitwise, refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+STEPS = 40
+RECIPE = """
+model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}
+data: {prefix: data, tokenizer: byte}
+run: {deepspeed: ds.json, train_tokens: 10240, eval_interval: 20, eval_sequences: 6, save_interval: 10,
+      max_bad_steps: 2}
+"""
+DEEPSPEED = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 2},
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "Merit", "params": {"lr": 0.01}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": STEPS, "warmup_num_steps": 2, "warmup_type": "linear", "cos_min_ratio": 0.1},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A recipe with its data: real English from the licence."""
+    path = tmp_path_factory.mktemp("pretrain")
+    (path / "recipe.yaml").write_text(RECIPE)
+    write_deepspeed(path / "ds.json")
+    text = str(REPOSITORY / "LICENSE")
+    command = ["-m", "merit_ds.training.data", "text", text, "--output", "data", "--tokenizer", "byte"]
+    subprocess.run([sys.executable, *command, "--blank-lines", "--valid-fraction", "0.2"], cwd=path, check=True)
+    return path
+
+
+def write_deepspeed(path, **changes):
+    path.write_text(json.dumps(DEEPSPEED | changes))
+
+
+def command(*arguments, ranks=2):
+    script = [str(REPOSITORY / "pretrain_gpt.py"), "--config", "recipe.yaml", *arguments]
+    if ranks == 0:
+        return [sys.executable, *script]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_gpus", str(ranks), "--master_port", "29533", *script]
+
+
+def environment():
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def run(folder, *arguments, ranks=2):
+    """Run to the end; returns the finished process with its output as text."""
+    return subprocess.run(
+        command(*arguments, ranks=ranks), cwd=folder, env=environment(), text=True, capture_output=True, timeout=300
+    )
+
+
+def run_until(folder, save, iteration, act, *arguments):
+    """Start, wait until rank 0 has logged `iteration`, call `act(process)`, and wait until every rank has ended."""
+    process = subprocess.Popen(
+        command("--save", save, *arguments),
+        cwd=folder,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 200
+    while max(losses(folder / save), default=0) < iteration:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)
+    act(process)
+    output = process.communicate(timeout=120)[0]
+    psutil.wait_procs(family, timeout=60)
+    return output
+
+
+def losses(save):
+    """iteration -> training loss, as rank 0 wrote them."""
+    path = save / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
+
+
+def shards(save):
+    """Every tensor of the newest checkpoint, by file and path within it."""
+    found = {}
+
+    def walk(name, value):
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{name}/{key}", inner)
+        elif isinstance(value, (list, tuple)):
+            for index, inner in enumerate(value):
+                walk(f"{name}/{index}", inner)
+
+    for path in sorted((save / (save / "latest").read_text()).glob("*.pt")):
+        walk(path.name, torch.load(path, weights_only=False))
+    return found
+
+
+def assert_same_run(ours, reference):
+    """Bitwise: every loss, and every tensor of the last checkpoint, weights and optimizer state alike."""
+    assert losses(ours) == losses(reference)
+    expected, found = shards(reference), shards(ours)
+    assert found.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """The run that nothing disturbed."""
+    finished = run(folder, "--save", "reference", "--set", "run.sample_tokens=20")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder / "reference", finished.stdout
+
+
+def test_a_run_trains_and_says_where_everything_lies(reference, folder):
+    save, output = reference
+    assert sorted(losses(save)) == list(range(1, STEPS + 1))
+    assert losses(save)[STEPS] < losses(save)[1] - 0.8
+    assert (save / "latest").read_text() == f"global_step{STEPS}"
+    for name in ("loss.png", "metrics.jsonl", "sample.txt", "latest"):
+        assert (save / name).stat().st_size > 0 and f"reference/{name}" in output
+    assert "Merit: 10 matrices" in output and "lr 0.01, betas" in output
+    fields = [part.split(":")[0].strip() for part in output.split(f"iteration       {STEPS}/")[1].split("|")[1:13]]
+    assert fields == [
+        "consumed samples",
+        "elapsed time per iteration (ms)",
+        "throughput per GPU (TFLOP/s/GPU)",
+        "learning rate",
+        "global batch size",
+        "lm loss",
+        "loss scale",
+        "grad norm",
+        "number of skipped iterations",
+        "number of nan iterations",
+        "tokens/s",
+        "",
+    ]
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29533_*"))
+
+
+def terminate(process):
+    """SIGTERM to the launcher on this host, which signals the ranks one after the other, waiting for each."""
+    psutil.Process(process.pid).children()[0].terminate()
+
+
+def press_ctrl_c(process):
+    """SIGINT to everything at once, to which the launcher adds a SIGTERM for each rank."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop", [terminate, press_ctrl_c])
+def test_a_signal_saves_and_the_continued_run_is_bitwise_the_same(folder, reference, stop):
+    save = stop.__name__
+    output = run_until(folder, save, 3, stop)
+    stopped = int((folder / save / "latest").read_text().removeprefix("global_step"))
+    assert 3 <= stopped < STEPS, output
+    assert f"stopped after step {stopped}" in output
+    finished = run(folder, "--save", save, "--load", save)
+    assert f"continuing from step {stopped}" in finished.stdout, finished.stderr
+    assert_same_run(folder / save, reference[0])
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(folder, reference):
+    def kill_a_rank(process):
+        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline()]
+        ranks[-1].kill()
+
+    # --load of the folder that it saves to: one command for the first start and every further one.
+    run_until(folder, "killed", 12, kill_a_rank, "--load", "killed")
+    assert (folder / "killed" / "latest").read_text() in ("global_step10", "global_step20")
+    finished = run(folder, "--save", "killed", "--load", "killed")
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(folder / "killed", reference[0])
+
+
+def test_non_finite_losses_stop_the_run_and_spare_the_last_good_checkpoint(folder):
+    """Continued at a learning rate that throws the weights to 1e37, soon every step is bad."""
+    run_until(folder, "nan", 10, terminate)
+    good = (folder / "nan" / "latest").read_text()
+    step = int(good.removeprefix("global_step"))
+    write_deepspeed(folder / "nan.json", optimizer={"type": "Merit", "params": {"lr": 3e38}})
+    arguments = ("--save", "nan", "--load", "nan", "--deepspeed_config", "nan.json", "--set", "run.save_interval=2")
+    finished = run(folder, *arguments)
+    assert finished.returncode == 1
+    named = re.search(r"error: step (\d+) ended with .*, the last of 2 bad steps in a row", finished.stderr)
+    assert named and int(named[1]) > step + 2, finished.stderr
+    kept = sorted(path.name for path in (folder / "nan").glob("global_step*"))
+    assert good in kept
+    newest = shards(folder / "nan")
+    assert newest and all(value.isfinite().all() for value in newest.values() if value.is_floating_point())
+
+
+def refused(folder, *arguments):
+    """The error line of a run of one rank that must exit with 1 and leave nothing behind."""
+    before = sorted(path.name for path in folder.iterdir())
+    finished = run(folder, *arguments, ranks=0)
+    assert finished.returncode == 1, finished.stdout + finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in finished.stderr, finished.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+    return lines[0]
+
+
+def test_bad_input_is_refused_in_one_line(folder, reference):
+    assert "unknown key 'run.sede'; did you mean 'seed'?" in refused(folder, "--set", "run.sede=1")
+    missing = refused(folder, "--set", "data.prefix=absent", "--save", "new")
+    assert "absent" in missing and "merit_ds.training.data" in missing
+    write_deepspeed(folder / "bad.json", zero_optimization={"stage": 3})
+    assert "zero_optimization.stage" in refused(folder, "--deepspeed_config", "bad.json")
+    write_deepspeed(folder / "bad.json", optimizer={"type": "Merit", "params": {"lr": 0.1, "weight_deacy": 0.1}})
+    assert "did you mean 'weight_decay'?" in refused(folder, "--deepspeed_config", "bad.json")
+    write_deepspeed(folder / "bad.json", train_batch_size=7)
+    assert "train_batch_size 7 is no multiple of" in refused(folder, "--deepspeed_config", "bad.json")
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_one_line(folder, reference):
+    finished = run(folder, "--load", "reference", "--set", "model.num_layers=3")
+    assert finished.returncode == 1
+    assert "error: reference/global_step40: saved with num_layers 2, this run has 3" in finished.stderr
+    holds = refused(folder, "--save", "reference")
+    assert "reference holds checkpoints: continue them with --load reference" in holds
