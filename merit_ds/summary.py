@@ -34,7 +34,7 @@ def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:
     Args:
         groups: each group's settings with its shards.
     """
-    shards = [shard for _, found in groups for shard in found]
+    shards = [shard for _, found in groups for shard in found if shard.tensor.requires_grad]
     matrices = [matrix for shard in shards for matrix in shard.matrices]
     vectors = [matrix for matrix in matrices if matrix.is_vector]
     elements = sum(matrix.rows * matrix.cols for matrix in matrices)

@@ -77,6 +77,8 @@ class Shapes(torch.nn.Module):
         named = dict(self.named_parameters())
         if count == 1:
             return [{"params": list(named.values())}]
+        if count == 2:
+            return [{"params": list(named.values())[:5]}, {"params": list(named.values())[5:], "weight_decay": 0.2}]
         first = [p for name, p in named.items() if name not in ("tiny", "wide", "vector")]
         return [
             {"params": [*first, named["wide"]], "weight_decay": 0.2},
