@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.binding import MATRIX_VIEWS, Shard, bind, logical_matrices
+from merit_ds.binding import bind
 from merit_ds.errors import UnsupportedError
 from merit_ds.ops import Hyper
 from merit_ds.registration import allow_under_zero
+from merit_ds.shard import MATRIX_VIEWS, Shard, logical_matrices
 from merit_ds.step import Task, take_step
 from merit_ds.summary import log_summary
 
@@ -41,7 +42,7 @@ class Merit(torch.optim.Optimizer):
         w = w - lr * clip(s * u, -clip, clip)
 
     A maximum of zero makes s = 1. Weights of 2 dimensions are matrices; those of more say what they are by a
-    `matrix_view` (see `merit_ds.binding.logical_matrices`). Source: arXiv 2508.20577, algorithm 1; `eps` outside the
+    `matrix_view` (see `merit_ds.shard.logical_matrices`). Source: arXiv 2508.20577, algorithm 1; `eps` outside the
     root as in its authors' published code. `merit_ds.reference` is the same in a few lines.
 
     Under DeepSpeed ZeRO-1 and 2 the result is bitwise that of the unsharded step for the same gradients.

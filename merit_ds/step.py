@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merit_ds.binding import Shard
 from merit_ds.collectives import MaxExchange
 from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Fragment
 from merit_ds.ops import Hyper, Maxima, accumulate, apply
+from merit_ds.shard import Shard
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from merit_ds.binding import Shard
+from merit_ds.shard import Shard
 
 logger = logging.getLogger("merit_ds")
 

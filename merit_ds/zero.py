@@ -7,6 +7,7 @@ is read from the views themselves. `_hp_mapping` is not enough: with `round_robi
 that the buffer does not have.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from merit_ds.binding import Shard, logical_matrices
 from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.shard import Shard, logical_matrices
 
 
 def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]) -> Shard:
@@ -91,3 +92,12 @@ def _value_problem(layout: ShardLayout, flat: Tensor, low_precision: Tensor) -> 
                 "engine.optimizer.refresh_fp32_params(); else a key of zero_optimization reorders them: remove it"
             )
     return None
+
+
+def tensor_parallel_size() -> int:
+    """Ranks that share a layer: by a script's `mpu` or DeepSpeed's automatic tensor parallelism."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is None:
+        return 1
+    automatic = groups._TENSOR_MODEL_PARALLEL_GROUP
+    return max(int(groups._get_model_parallel_world_size()), 1 if automatic is None else automatic.size())

@@ -74,6 +74,8 @@ def start_distributed(plan: Plan) -> None:
         # Each rank would start a thread for every core, and they would spend their time waiting for one another.
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    if plan.device.type != "cpu":
+        get_accelerator().set_device(plan.device.index)
     check_stale_lock()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     release_shared_memory()
