@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 40
@@ -28,6 +29,7 @@ DEEPSPEED = {
     "bf16": {"enabled": True},
     "zero_optimization": {"stage": 2},
     "gradient_clipping": 1.0,
+    "tensorboard": {"enabled": True},
     "optimizer": {"type": "Merit", "params": {"lr": 0.01}},
     "scheduler": {
         "type": "WarmupCosineLR",
@@ -158,6 +160,9 @@ def test_a_run_trains_and_says_where_everything_lies(reference, folder):
         "number of nan iterations",
         "tokens/s",
     ]
+    events = EventAccumulator(str(save / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("Valid/Samples/loss")] == [0, 8 * 20, 8 * 40]
+    assert len(events.Scalars("Train/Samples/train_loss")) == STEPS
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29533_*"))
 
 

@@ -12,6 +12,9 @@ import torch
 from merit_ds.errors import InputError
 from merit_ds.optimizer import Merit
 
+MONITORS = ("tensorboard", "csv_monitor")
+"""DeepSpeed's monitors that write files."""
+
 
 def read_deepspeed_json(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed JSON.
@@ -65,6 +68,22 @@ def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     if all(enabled.values()):
         raise InputError("bf16.enabled and fp16.enabled are both true; keep one")
     return torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
+
+
+def place_monitors(ds_config: dict[str, Any], folder: str | None) -> dict[str, Any]:
+    """The JSON with its file-writing monitors under the run's folder, unless it says where they go.
+
+    DeepSpeed's own default is a folder `DeepSpeedJobName` in the working directory.
+
+    Args:
+        folder: of the run; None where it has none, which changes nothing.
+    """
+    placed = dict(ds_config)
+    for name in MONITORS:
+        monitor = section(ds_config, name)
+        if monitor.get("enabled") and folder is not None:
+            placed[name] = {"output_path": folder, "job_name": name} | monitor
+    return placed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

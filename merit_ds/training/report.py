@@ -67,8 +67,9 @@ class StepReport:
         )
 
     def events(self) -> list[tuple[str, float, int]]:
-        """For DeepSpeed's monitors, which log the learning rate and the loss by themselves."""
+        """For DeepSpeed's monitors; the engine itself logs the learning rate and the loss scale."""
         return [
+            ("Train/Samples/train_loss", self.loss, self.consumed_samples),
             ("Train/Samples/grad_norm_before_clipping", self.grad_norm, self.consumed_samples),
             ("Train/Samples/tokens_per_second", self.tokens_per_second, self.consumed_samples),
         ]

@@ -17,7 +17,7 @@ from merit_ds.training.agreement import together
 from merit_ds.training.config import Config
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.dataset import Sequences, open_datasets
-from merit_ds.training.deepspeed_config import model_dtype, read_deepspeed_json, section
+from merit_ds.training.deepspeed_config import model_dtype, place_monitors, read_deepspeed_json, section
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
@@ -43,7 +43,7 @@ def make_plan(config: Config) -> Plan:
     Raises:
         InputError: something does not fit.
     """
-    ds_config = read_deepspeed_json(Path(config.run.deepspeed))
+    ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = plan_batch(ds_config, ranks=world)
     steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)

@@ -14,6 +14,7 @@ from merit_ds.training.agreement import agree
 from merit_ds.training.checkpoint import holds_checkpoints, load_checkpoint, save_checkpoint
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, micro_batches
+from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.model import masked_mean, padded_vocab
@@ -95,10 +96,10 @@ class Trainer:
             draw_losses(self._folder.rows(), curve, title=Path(run.deepspeed).stem)
             self._say(f"loss curve       {curve}\nmetrics          {self._folder.metrics}")
             self._say(f"checkpoint       {(self._folder.path / 'latest')} names the newest")
-            for name in ("tensorboard", "csv_monitor"):
+            for name in MONITORS:
                 monitor = self.plan.ds_config.get(name, {})
                 if monitor.get("enabled"):
-                    self._say(f"{name:<16} {Path(monitor.get('output_path', '.')) / monitor.get('job_name', '')}")
+                    self._say(f"{name:<16} {Path(monitor['output_path']) / monitor.get('job_name', '')}")
         if done and run.sample_tokens and self.plan.rank == 0:
             text = sample_text(
                 self.engine.module,
