@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # compiler can get in the way.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/inductor
-ifeq ($(shell command -v nvidia-smi),)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR := cpu
 endif
 

@@ -28,10 +28,10 @@ def pretrain(config: Config) -> None:
 
     plan = setup.make_plan(config)
     setup.start_distributed(plan)
-    datasets = setup.open_data(plan)
-    model = setup.build(plan)
+    data = setup.open_data(plan)
+    model = setup.build(plan, data)
     engine = setup.wrap(plan, model)
-    trainer = Trainer(engine, plan, datasets)
+    trainer = Trainer(engine, plan, data)
     trainer.resume()
     trainer.train()
     trainer.close()

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -15,7 +16,7 @@ def megatron_alone() -> Iterator[None]:
     """A gloo group of one process with Megatron-core's groups on top; both are gone afterwards."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        initialise_megatron(seed=1)
+        initialise_megatron(seed=1, device=torch.device("cpu"))
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -205,7 +205,7 @@ def _weights_and_losses(rank: int) -> list[tuple[dict[str, torch.Tensor], torch.
     """This rank's share of the weights and its losses, once with data parallelism, once with tensor parallelism."""
     results = []
     for tensor_parallel in (1, 2):
-        initialise_megatron(seed=rank, tensor_parallel=tensor_parallel)
+        initialise_megatron(seed=rank, device=torch.device("cpu"), tensor_parallel=tensor_parallel)
         model = small()
         tokens, positions, labels = batch()
         with torch.no_grad():
@@ -235,4 +235,4 @@ def test_weights_are_the_same_on_every_rank_and_split() -> None:
 
 def test_a_split_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="tensor-parallel size of 2 does not divide the 1 ranks"):
-        initialise_megatron(seed=1, tensor_parallel=2)
+        initialise_megatron(seed=1, device=torch.device("cpu"), tensor_parallel=2)

@@ -2,13 +2,12 @@
 """The trainer's command line, and how its errors look to a person."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import yaml
 
 from merit_ds.errors import InputError, UnsupportedError
 from merit_ds.training.config import Config, load_config
@@ -44,7 +43,7 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "run.save_interval": arguments.save_interval,
         "run.deepspeed": arguments.deepspeed_config,
     }
-    given = [f"{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in flags.items() if value is not None]
+    given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return load_config(arguments.config, overrides=arguments.set + given)
 
 

@@ -69,7 +69,7 @@ class RunConfig(Section):
         default=10, gt=0, description="stop after this many non-finite or overflow-skipped steps in a row"
     )
     sample_tokens: int = Field(default=0, ge=0, description="tokens of sample text written at the end")
-    sample_prompt: str = Field(default="The ", description="what the sample text continues")
+    sample_prompt: str = Field(default="The ", min_length=1, description="what the sample text continues")
 
 
 class Config(Section):

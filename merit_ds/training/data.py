@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenProcessPool:
         return _fail("a worker process was killed, perhaps for lack of memory; try fewer --workers")
     except OSError as error:
-        return _fail(f"{error.filename or args.output}: {error.strerror}")
+        return _fail(f"{error.filename or args.source}: {error.strerror}")
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written")
         return 130

@@ -5,7 +5,6 @@ PREFIX_train.bin/.idx    PREFIX_valid.bin/.idx    Megatron-core's IndexedDataset
 PREFIX.json              written last: without it there is no prepared data
 """
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from merit_ds.errors import InputError
 from merit_ds.training.config import Section
 from merit_ds.training.documents import Split
+from merit_ds.training.manifest import fingerprint
 
 SPLITS: tuple[Split, ...] = ("train", "valid")
 
@@ -61,9 +61,9 @@ def output_paths(prefix: str) -> list[Path]:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return FileEntry(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+    """Size and hash of a file."""
+    size, sha256 = fingerprint(path)
+    return FileEntry(bytes=size, sha256=sha256)
 
 
 def read_manifest(prefix: str) -> DataManifest:

@@ -103,7 +103,10 @@ def _check_zero_stage(ds_config: dict[str, Any]) -> None:
 
 def _check_optimizer(ds_config: dict[str, Any]) -> None:
     """DeepSpeed hands the JSON's options to Merit's constructor; a wrong one would fail after the model is built."""
-    if str(section(ds_config, "optimizer").get("type")).lower() != "merit":
+    kind = section(ds_config, "optimizer").get("type")
+    if not isinstance(kind, str):
+        raise InputError('optimizer.type is missing: "Merit", "AdamW" or another that DeepSpeed knows')
+    if kind.lower() != "merit":
         return
     options = section(ds_config, "optimizer", "params")
     known = [name for name in inspect.signature(Merit).parameters if name != "params"]

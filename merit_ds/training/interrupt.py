@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stopping a run between two steps, on all ranks alike: for a signal, or for too many bad steps in a row.
+"""Reasons to stop a run, on all ranks alike: a signal, or too many bad steps in a row.
 
-Neither class communicates. The trainer puts their per-rank flags into one `agreement.agree` call a step:
-
-    signum, non_finite, skipped = agree([interrupt.received, int(not loss.isfinite()), int(overflow)])
-    bad_steps.record(step, non_finite=bool(non_finite), skipped=bool(skipped))
-    if signum: save and leave, logging signal.Signals(signum).name
+Neither class communicates: the trainer has the ranks agree on their flags by `agreement.agree`.
 """
 
 import signal
@@ -50,18 +46,23 @@ class BadSteps:
         """Args: limit: the run stops at this many bad steps in a row, at least 1."""
         self.limit = limit
         self.in_a_row = 0
-        """0 after a good step. While it is not, save no checkpoint: the weights may hold NaN already."""
+        """0 after a good step."""
+        self._what = ""
 
-    def record(self, step: int, *, non_finite: bool, skipped: bool) -> None:
-        """Count one step, with flags on which all ranks agreed, so that all ranks raise in the same step.
+    def record(self, *, non_finite: bool, skipped: bool) -> None:
+        """Count one step, with flags on which all ranks agreed."""
+        self.in_a_row = self.in_a_row + 1 if non_finite or skipped else 0
+        self._what = "a non-finite loss" if non_finite else "a gradient overflow that DeepSpeed skipped"
+
+    def check(self, step: int) -> None:
+        """Stop the run at the limit, on all ranks in the same step.
 
         Raises:
-            InputError: at the limit; names the step.
+            InputError: names the step.
         """
-        self.in_a_row = self.in_a_row + 1 if non_finite or skipped else 0
         if self.in_a_row >= self.limit:
-            what = "a non-finite loss" if non_finite else "a gradient overflow that DeepSpeed skipped"
             raise InputError(
-                f"step {step} ended with {what}, the last of {self.in_a_row} bad steps in a row (run.max_bad_steps); "
-                "lower the learning rate or look at the data, then continue from the last checkpoint with run.load"
+                f"step {step} ended with {self._what}, the last of {self.in_a_row} bad steps in a row "
+                "(run.max_bad_steps); lower the learning rate or look at the data, then continue from the last "
+                "checkpoint with run.load"
             )

@@ -5,7 +5,6 @@ No bias, no dropout, GELU (the erf form, as nanoGPT's), tied embeddings, learned
 Transformer Engine's where it is installed and the model goes to a GPU, Megatron-core's local ones elsewhere.
 """
 
-import importlib.util
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -28,11 +28,12 @@ from merit_ds.training.attention import CausalAttention
 from merit_ds.training.config import ModelConfig
 
 
-def initialise_megatron(*, seed: int, tensor_parallel: int = 1) -> None:
+def initialise_megatron(*, seed: int, device: torch.device, tensor_parallel: int = 1) -> None:
     """Make Megatron-core's process groups and seed its random states.
 
     Args:
-        seed: of torch's generators, and of Megatron-core's per-GPU states where there is a GPU.
+        seed: of torch's generators, and of Megatron-core's per-GPU states.
+        device: where the model will be; a GPU must be the current one.
         tensor_parallel: ranks that share each layer; must divide the number of ranks.
 
     Raises:
@@ -46,7 +47,7 @@ def initialise_megatron(*, seed: int, tensor_parallel: int = 1) -> None:
         raise InputError(f"a tensor-parallel size of {tensor_parallel} does not divide the {ranks} ranks")
     parallel_state.initialize_model_parallel(tensor_parallel, create_gloo_process_groups=False)
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         model_parallel_cuda_manual_seed(seed)
 
 
@@ -150,7 +151,7 @@ def _transformer_config(model: ModelConfig, *, dtype: torch.dtype, device: torch
 
 
 def _block_spec(model: ModelConfig, *, device: torch.device) -> Any:
-    if device.type == "cuda" and importlib.util.find_spec("transformer_engine"):
+    if device.type == "cuda" and HAVE_TE:
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec()
     layer.submodules.self_attention.submodules.core_attention = CausalAttention

@@ -45,8 +45,9 @@ def prepare(source: Source, encoder: Encoder, *, prefix: str, workers: int, over
         InputError: output exists, another process is writing it, or a side of the split would be empty.
     """
     finals = output_paths(prefix)
-    if not overwrite and (existing := [str(path) for path in finals if path.exists()]):
-        raise InputError(f"{existing[0]}: exists; choose another --output or replace it with --overwrite")
+    # Without its manifest the output of a killed run is nobody's data.
+    if not overwrite and finals[-1].exists():
+        raise InputError(f"{finals[-1]}: exists; choose another --output or replace it with --overwrite")
     with _partial_folder(Path(f"{prefix}.partial")) as folder:
         partial = str(folder / Path(prefix).name)
         manifest = _write(source, encoder, partial, workers)

@@ -4,7 +4,7 @@
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from merit_ds.errors import InputError
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.manifest import write_text
 
@@ -86,18 +87,28 @@ def flops_per_sequence(model: ModelConfig, *, vocab_rows: int) -> float:
 
 
 class RunFolder:
-    """The files of a run beside its checkpoints. Only rank 0 has one."""
+    """The files of a run beside its checkpoints. Rank 0 writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
 
-    def begin(self, description: dict[str, Any], *, step: int) -> None:
-        """Write run.json, and drop the metrics of steps after `step`, which will be taken again."""
+    def begin(self, description: dict[str, Any], *, step: int) -> str:
+        """Write run.json, and drop the metrics of what will be done again after `step`; returns run.json's text."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "run.json", json.dumps(description | provenance(), indent=1) + "\n")
-        kept = [row for row in self.rows() if row["iteration"] <= step]
+        text = json.dumps(description | provenance(), indent=1) + "\n"
+        write_text(self.path / "run.json", text)
+        kept = [row for row in self.rows() if 0 < step >= row["iteration"]]
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        return text
+
+    def check_shared(self, text: str) -> None:
+        """Raises: InputError: this rank does not see the run.json that rank 0 has just written."""
+        path = self.path / "run.json"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"{self.path} is not the folder that rank 0 writes to: on several hosts share one (run.save)"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """All metrics so far; a last line that a kill cut short is left out."""
@@ -111,10 +122,6 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def add_step(self, report: StepReport) -> None:
-        """Append a log line's values."""
-        self.add(asdict(report))
-
 
 def provenance() -> dict[str, Any]:
     """Versions, git revision and host, to tell later how a result was made."""
@@ -124,17 +131,24 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "time": datetime.now().isoformat(timespec="seconds"),
-        "git": revision.stdout.strip() or None,
+        "git": _git_revision(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
     }
+
+
+def _git_revision() -> str | None:
+    """None outside a checkout, and in an image without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        finished = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return finished.stdout.strip() or None
 
 
 def draw_losses(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:

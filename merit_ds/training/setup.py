@@ -9,18 +9,35 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 
 import merit_ds  # noqa: F401  (registers the optimizer)
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import together
-from merit_ds.training.config import Config
+from merit_ds.training.checkpoint import holds_checkpoints
+from merit_ds.training.config import Config, RunConfig
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
+from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
 from merit_ds.training.deepspeed_config import model_dtype, place_monitors, read_deepspeed_json, section
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: the same on every rank.
+
+    Attributes:
+        sha256: of the training and of the validation tokens.
+    """
+
+    tokenizer: Tokenizer
+    train: Sequences
+    valid: Sequences
+    sha256: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -31,88 +48,122 @@ class Plan:
     ds_config: dict[str, Any]
     batch: Batch
     steps: int
-    tokenizer: Tokenizer
     rank: int
     world: int
     device: torch.device
 
 
 def make_plan(config: Config) -> Plan:
-    """Check the recipe against the JSON, the ranks and the tokenizer, before anything is built.
+    """Check the recipe against the JSON and the ranks, before anything is built.
 
     Raises:
         InputError: something does not fit.
     """
+    _refuse_unranked()
     ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = plan_batch(ds_config, ranks=world)
     steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
     check_scheduler(ds_config, steps=steps)
-    vocab = None if config.data.vocab is None else Path(config.data.vocab)
     return Plan(
         config=config,
         ds_config=ds_config,
         batch=batch,
         steps=steps,
-        tokenizer=build_tokenizer(config.data.tokenizer, vocab=vocab),
         rank=int(os.environ.get("RANK", "0")),
         world=world,
         device=torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0")))),
     )
 
 
+def _refuse_unranked() -> None:
+    """Several processes that each take themselves for the only one would overwrite one another's files."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name, "1")) > 1 and "RANK" not in os.environ:
+            raise InputError(
+                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set: start by deepspeed or torchrun, "
+                "or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
+            )
+
+
 def start_distributed(plan: Plan) -> None:
     """Join the process group and make Megatron-core's.
 
     Raises:
-        InputError: a killed build left a lock on which DeepSpeed would wait forever.
+        InputError: a killed build left a lock on which DeepSpeed would wait forever; or `run.save` holds another
+            run's checkpoints.
     """
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)  # started by plain python: a run of one rank
-    os.environ.setdefault("MASTER_PORT", "29500")
-    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if plan.device.type != "cpu":
+        get_accelerator().set_device(plan.device.index)
+    elif "OMP_NUM_THREADS" not in os.environ:
         # Each rank would start a thread for every core, and they would spend their time waiting for one another.
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    if plan.device.type != "cpu":
-        get_accelerator().set_device(plan.device.index)
     check_stale_lock()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     release_shared_memory()
-    initialise_megatron(seed=plan.config.run.seed)
+    initialise_megatron(seed=plan.config.run.seed, device=plan.device)
+    run = plan.config.run
+    if run.save and not continues_itself(run) and holds_checkpoints(Path(run.save)):
+        # A new run would remove the older one's checkpoints, as it keeps only its newest.
+        raise InputError(f"{run.save} holds checkpoints: continue them with --load {run.save}, or --save elsewhere")
 
 
-def open_data(plan: Plan) -> tuple[Sequences, Sequences]:
-    """Training and validation sequences, on every rank.
+def continues_itself(run: RunConfig) -> bool:
+    """Whether a run loads from the folder that it saves to."""
+    return bool(run.save and run.load) and Path(str(run.save)).resolve() == Path(str(run.load)).resolve()
+
+
+def open_data(plan: Plan) -> Data:
+    """Tokenizer, training and validation sequences, on every rank.
 
     Raises:
-        InputError: on all ranks, if the data is missing, damaged or too small on one of them.
+        InputError: on all ranks, if on one of them the data is missing, damaged, too small or not that of rank 0, or
+            the vocabulary cannot be had.
     """
     config = plan.config
-    opened: list[tuple[Sequences, Sequences]] = []
+    vocab = None if config.data.vocab is None else Path(config.data.vocab)
+    opened: list[Data] = []
 
-    def open_here() -> None:
-        opened.append(
-            open_datasets(
-                config.data,
-                seq_length=config.model.seq_length,
-                seed=config.run.seed,
-                train_samples=plan.steps * plan.batch.global_batch,
-                valid_samples=config.run.eval_sequences,
-                tokenizer=plan.tokenizer,
-            )
+    def open_here() -> tuple[str, str]:
+        tokenizer = build_tokenizer(config.data.tokenizer, vocab=vocab)
+        tokenizer.encode(config.run.sample_prompt)
+        manifest = read_manifest(config.data.prefix)
+        sha256 = (manifest.train.bin.sha256, manifest.valid.bin.sha256)
+        train, valid = open_datasets(
+            config.data,
+            seq_length=config.model.seq_length,
+            seed=config.run.seed,
+            train_samples=plan.steps * plan.batch.global_batch,
+            valid_samples=config.run.eval_sequences,
+            tokenizer=tokenizer,
         )
+        opened.append(Data(tokenizer, train, valid, sha256))
+        return sha256
 
-    together(open_here, failing="cannot open the data")
+    def fetch_vocabulary() -> None:
+        # A host's first rank may have to download it; the others then find it in the cache.
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            build_tokenizer(config.data.tokenizer, vocab=vocab)
+
+    failing = "cannot open the data"
+    together(fetch_vocabulary, failing=failing)
+    found = together(open_here, failing=failing)
+    for rank, sha256 in enumerate(found):
+        if sha256 != found[0]:
+            raise InputError(f"{config.data.prefix}: rank {rank} reads other data than rank 0; copy rank 0's there")
     return opened[0]
 
 
-def build(plan: Plan) -> torch.nn.Module:
+def build(plan: Plan, data: Data) -> torch.nn.Module:
     """The model, with the same weights on every rank."""
     config = plan.config
     model: torch.nn.Module = build_model(
         config.model,
-        vocab_size=plan.tokenizer.vocab_size,
+        vocab_size=data.tokenizer.vocab_size,
         dtype=model_dtype(plan.ds_config),
         device=plan.device,
         seed=config.run.seed,
@@ -134,6 +185,10 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed says of {where}: {first['msg']}") from None
+    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
+        # What DeepSpeed raises for an unknown type or option; a fault of our own keeps its traceback as the cause.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {reason}") from error
     return engine
 
 
