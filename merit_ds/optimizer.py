@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from numbers import Real
 from typing import Any, cast, overload
 
 import torch
@@ -25,11 +26,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Origin:
-    """A group as it was given: DeepSpeed later replaces the tensors in the dict, a schedule the learning rate."""
+    """A group as it was given: wrappers later replace the tensors in the dict, a schedule the learning rate."""
 
     group: dict[str, Any]
     parameters: list[Tensor]
+    shapes: list[torch.Size]
     lr: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "_Origin":
+        parameters = list(group["params"])
+        return cls(group, parameters, [parameter.shape for parameter in parameters], float(group["lr"]))
 
 
 class Merit(torch.optim.Optimizer):
@@ -77,6 +84,7 @@ class Merit(torch.optim.Optimizer):
     ) -> None:
         self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
+        self._refusal: str | None = None
         defaults = {
             "lr": lr,
             "betas": tuple(betas) if isinstance(betas, list) else betas,
@@ -101,7 +109,7 @@ class Merit(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._origins.append(_Origin(added, list(added["params"]), float(added["lr"])))
+        self._origins.append(_Origin.of(added))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -118,8 +126,11 @@ class Merit(torch.optim.Optimizer):
 
         Raises:
             UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
-                result is exact; nothing has been changed then.
+                result is exact. No weight has been changed then; the moments of cut weights may have been, so every
+                further step is refused as well, until a state is loaded.
         """
+        if self._refusal is not None:  # the moments have been touched: another try would not be exact
+            raise UnsupportedError(self._refusal)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,7 +142,11 @@ class Merit(torch.optim.Optimizer):
                 self._moments(shard.tensor)
             return loss
         tasks = [task for group in self.param_groups for task in self._tasks(group)]
-        take_step(tasks, check_agreement=bool(newly_bound))
+        try:
+            take_step(tasks, check_agreement=bool(newly_bound))
+        except UnsupportedError as refusal:
+            self._refusal = str(refusal)
+            raise
         for group in self.param_groups:
             self._count(group)
         return loss
@@ -140,30 +155,32 @@ class Merit(torch.optim.Optimizer):
         """Restore groups and state, the moments as float32 (torch would cast them to the parameter's dtype).
 
         Raises:
-            ValueError: the state is not Merit's, or belongs to parameters of other shapes; nothing has been changed.
+            ValueError: the state is not Merit's, has settings out of range, or belongs to parameters of other shapes;
+                nothing has been changed.
         """
         identifiers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         pairs = [
             (tensor, state_dict["state"][identifier])
             for identifier, tensor in zip(identifiers, tensors, strict=False)
-            if identifier in state_dict["state"]
+            if state_dict["state"].get(identifier)
         ]
+        for group in state_dict["param_groups"]:
+            _check_saved_group(group, self.defaults)
         for tensor, state in pairs:
             _check_state(tensor, state)
         origins = [self._origin(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
+        self._refusal = None
         for tensor, state in pairs:
             for name in _MOMENTS:
                 self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if not hasattr(self, "_origins"):  # a copy or an unpickled optimizer; torch keeps the groups only
-            self._origins = [_Origin(group, list(group["params"]), float(group["lr"])) for group in self.param_groups]
-            self._bound = {}
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps the groups only, and a copy under ZeRO would take a flat partition for a vector.
+        return {**super().__getstate__(), "_origins": self._origins, "_bound": {}, "_refusal": self._refusal}
 
     def _origin(self, group: dict[str, Any]) -> _Origin:
         for origin in self._origins:
@@ -175,7 +192,8 @@ class Merit(torch.optim.Optimizer):
         """The group's shards that were not bound before."""
         if all(tensor in self._bound for tensor in group["params"]):
             return []
-        shards = bind(group, self._origin(group).parameters)
+        origin = self._origin(group)
+        shards = bind(group, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
         if all(tensor in self._bound for origin in self._origins for tensor in origin.group["params"]):
             log_summary(
@@ -192,7 +210,7 @@ class Merit(torch.optim.Optimizer):
         For Adam that is nearly harmless; Merit's ratio turns the bare decay term into a full step.
         """
         return all(
-            shard.clone_of is not None
+            shard.wrapper == "FP16_UnfusedOptimizer"
             and shard.tensor not in self.state
             and shard.tensor.grad is not None
             and not shard.tensor.grad.any()
@@ -205,12 +223,13 @@ class Merit(torch.optim.Optimizer):
         for tensor in group["params"]:
             shard = self._bound[tensor]
             if tensor.grad is None:
-                if shard.group is not None:
+                if shard.group is not None:  # DeepSpeed gives every partition one, so this happens on all ranks or none
                     raise UnsupportedError("a partition of zero_optimization has no gradient: call step by the engine")
                 continue
             if tensor.grad.is_sparse:
                 raise UnsupportedError("Merit does not support sparse gradients: use dense ones (sparse=False)")
-            tasks.append(Task(shard, *self._moments(tensor), hyper=hyper, vector_hyper=vector_hyper))
+            grad = tensor.grad.contiguous().view(-1)
+            tasks.append(Task(shard, grad, *self._moments(tensor), hyper=hyper, vector_hyper=vector_hyper))
         return tasks
 
     def _moments(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,13 +248,14 @@ class Merit(torch.optim.Optimizer):
 
 
 def _hyper(group: dict[str, Any], *, decays: bool) -> Hyper:
+    beta1, beta2 = group["betas"]
     return Hyper(
         lr=float(group["lr"]),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"] if decays else 0.0,
-        clip=group["clip"],
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]) if decays else 0.0,
+        clip=None if group["clip"] is None else float(group["clip"]),
         eps_inside_sqrt=group["eps_inside_sqrt"],
     )
 
@@ -246,10 +266,11 @@ def _check_settings(group: dict[str, Any]) -> None:
             raise ValueError(f"Merit: {name}={group[name]!r}, but it must be {allowed}")
 
     def number(value: Any) -> bool:
-        scalar = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-        return scalar and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
-    for name in ("lr", "eps", "weight_decay"):
+    lr = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
+    require("lr", number(lr) and lr >= 0, "a finite number, 0 or more")
+    for name in ("eps", "weight_decay"):
         require(name, number(group[name]) and group[name] >= 0, "a finite number, 0 or more")
     betas = group["betas"]
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
@@ -260,6 +281,13 @@ def _check_settings(group: dict[str, Any]) -> None:
         require(name, isinstance(group[name], bool), "True or False")
     if group.get("matrix_view") is not None:
         require("matrix_view", group["matrix_view"] in MATRIX_VIEWS, f"one of {', '.join(MATRIX_VIEWS)}")
+
+
+def _check_saved_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    missing = sorted(defaults.keys() - group.keys())
+    if missing:
+        raise ValueError(f"this is not Merit's optimizer state: its groups have no {missing[0]}")
+    _check_settings(group)
 
 
 def _check_parameters(group: dict[str, Any]) -> None:

@@ -20,7 +20,9 @@ def register(optimizer: type[torch.optim.Optimizer]) -> None:
     """
     for name in _NAMES:
         present = getattr(torch.optim, name, optimizer)
-        if present.__module__ != optimizer.__module__:  # a reloaded module's class is another object, but ours
+        if (
+            getattr(present, "__module__", None) != optimizer.__module__
+        ):  # a reloaded module's class is another object, but ours
             raise RuntimeError(f"torch.optim.{name} is already {present!r}: merit_ds does not overwrite it")
     for name in _NAMES:
         setattr(torch.optim, name, optimizer)
@@ -29,7 +31,8 @@ def register(optimizer: type[torch.optim.Optimizer]) -> None:
 def allow_under_zero(optimizer: type[torch.optim.Optimizer]) -> None:
     """Enter the type in DeepSpeed's list, so that `zero_allow_untested_optimizer` is not needed.
 
-    DeepSpeed builds the optimizer just before it looks at the list. Where it was never imported nothing happens.
+    DeepSpeed builds the JSON's optimizer just before it looks at the list. A script that constructs Merit itself must
+    import DeepSpeed before; where it was never imported nothing happens.
     """
     zero = sys.modules.get("deepspeed.runtime.zero.utils")
     if zero is not None and optimizer not in zero.ZERO_SUPPORTED_OPTIMIZERS:

@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> None:
     if not script.is_file():
         sys.exit(f"error: {script}: no such script")
     sys.argv = [str(script), *arguments[:position], *arguments[position + 1 :]]
-    sys.path[0] = str(script.resolve().parent)
+    if not sys.flags.safe_path:
+        sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
 
 

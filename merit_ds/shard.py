@@ -21,9 +21,8 @@ class Shard:
         tensor: the float tensor that a step changes; any shape, contiguous.
         layout: its fragments, by element of the flattened tensor.
         matrices: the logical weights of the whole group of ranks, for reports.
-        wrapper: who holds the master weights, for reports.
+        wrapper: who put the tensor in the parameters' place, "none" for nobody.
         group: the ranks to exchange maxima with; None where every weight is whole.
-        clone_of: the low-precision parameter whose float32 copy `tensor` is, else None.
         problem: why this rank must refuse, else None. Found on one rank only, it is told to the others in
             the exchange, so that none is left waiting.
     """
@@ -33,7 +32,6 @@ class Shard:
     matrices: tuple[Matrix, ...]
     wrapper: str
     group: dist.ProcessGroup | None = None
-    clone_of: Tensor | None = None
     problem: str | None = None
 
 

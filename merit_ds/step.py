@@ -23,9 +23,10 @@ from merit_ds.shard import Shard
 
 @dataclass(frozen=True)
 class Task:
-    """A tensor to step, its state, and this step's scalars for its matrices and for its vectors."""
+    """A tensor to step, its flat gradient, its moments, and this step's scalars for its matrices and its vectors."""
 
     shard: Shard
+    grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     hyper: Hyper
@@ -33,11 +34,9 @@ class Task:
 
     def accumulate(self, fragment: Fragment, maxima: Maxima) -> None:
         """First pass over one of the shard's fragments."""
-        weight, grad = self.shard.tensor.detach(), self.shard.tensor.grad
-        assert grad is not None
         accumulate(
-            weight.view(-1),
-            grad.contiguous().view(-1),
+            self.shard.tensor.detach().view(-1),
+            self.grad,
             self.exp_avg.view(-1),
             self.exp_avg_sq.view(-1),
             maxima,

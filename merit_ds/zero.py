@@ -19,6 +19,8 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.shard import Shard, logical_matrices
 
+_CHECKED_AT_ONCE = 1 << 22  # elements; bounds the check's scratch memory
+
 
 def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]) -> Shard:
     """The shard of a group whose parameters DeepSpeed has flattened.
@@ -31,10 +33,14 @@ def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]
         UnsupportedError: on every rank alike, where the buffer is not what ZeRO-1/2 makes. A slice whose values
             are not the model's is a `problem` of the returned shard, since other ranks may not see it.
     """
+    _refuse_scaled_autocast()
     members = [parameter for parameter in originals if hasattr(parameter, "_dp_group")]
     tensors = param_group["params"]
     if len(tensors) != 1 or tensors[0].dim() != 1 or tensors[0].dtype != torch.float32:
-        raise UnsupportedError("Merit expects one flat float32 partition for each group from zero_optimization")
+        raise UnsupportedError(
+            "Merit expects one flat float32 partition for each group: remove bf16_master_weights_and_grads and "
+            "fp16_master_weights_and_grads from the DeepSpeed JSON"
+        )
     flat = tensors[0]
     group = members[0]._dp_group or dist.group.WORLD
     world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -83,13 +89,17 @@ def _refuse_overlaps(matrices: Sequence[Matrix], size: int) -> None:
 def _value_problem(layout: ShardLayout, flat: Tensor, low_precision: Tensor) -> str | None:
     """Whether the float32 slice holds the model's values, as it must whenever no step is under way."""
     for fragment in (*layout.cut, *layout.whole):
-        run = slice(fragment.offset, fragment.offset + fragment.numel)
-        master = flat.detach()[run].to(device=low_precision.device, dtype=low_precision.dtype)
-        if not torch.equal(master, low_precision[run]):
+        stop = fragment.offset + fragment.numel
+        for begin in range(fragment.offset, stop, _CHECKED_AT_ONCE):
+            run = slice(begin, min(begin + _CHECKED_AT_ONCE, stop))
+            master = flat.detach()[run].to(device=low_precision.device, dtype=low_precision.dtype)
+            if torch.equal(master, low_precision[run]):
+                continue
             return (
                 f"ZeRO's float32 weights are not the model's (in a weight of {fragment.matrix.rows} x "
-                f"{fragment.matrix.cols}): if the model was changed after deepspeed.initialize, call "
-                "engine.optimizer.refresh_fp32_params(); else a key of zero_optimization reorders them: remove it"
+                f"{fragment.matrix.cols}): after a change of the model's weights, call "
+                "engine.optimizer.refresh_fp32_params() before the first step; else remove the key of "
+                "zero_optimization that reorders them"
             )
     return None
 
@@ -99,5 +109,15 @@ def tensor_parallel_size() -> int:
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is None:
         return 1
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
     automatic = groups._TENSOR_MODEL_PARALLEL_GROUP
-    return max(int(groups._get_model_parallel_world_size()), 1 if automatic is None else automatic.size())
+    by_script = 1 if groups.mpu is None else int(bwc_tensor_model_parallel_world_size(groups.mpu))
+    return max(by_script, 1 if automatic is None else automatic.size())
+
+
+def _refuse_scaled_autocast() -> None:
+    """torch's GradScaler, which DeepSpeed uses here, may skip the step on one rank and leave the others waiting."""
+    autocast = sys.modules.get("deepspeed.runtime.torch_autocast")
+    if autocast is not None and autocast.is_autocast_initialized() and autocast.get_autocast_dtype() == torch.float16:
+        raise UnsupportedError("Merit does not support torch_autocast.dtype float16 under ZeRO: use bfloat16")

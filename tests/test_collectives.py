@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MAX over ranks on special values: float MAX in gloo drops a NaN that one rank alone holds."""
+"""Special values across ranks: float MAX in gloo drops a NaN that one rank alone holds."""
 
 import math
 
@@ -8,6 +8,11 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from merit_ds.collectives import MaxExchange
+from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.ops import Hyper
+from merit_ds.reference import merit_step
+from merit_ds.shard import Shard
+from merit_ds.step import Task, take_step
 
 TINY = 2.0**-149
 # rank 0's value, rank 1's, the maximum
@@ -36,3 +41,55 @@ def test_maxima_are_exact_and_keep_nan():
     wanted = torch.tensor([[row[2] for row in VALUES]] * 2)
     for maxima in run_ranks(2, _exchange):
         torch.testing.assert_close(maxima, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+SPECIAL = (0.0, -0.0, TINY, -1e-40, 1e-38, 3e38, math.inf, -math.inf, math.nan)
+CASES = 150
+MOMENTS = {"lr": 0.1, "betas": (0.9, 0.95)}
+
+
+def random_case(seed, world):
+    """A buffer of matrices and vectors, cut anywhere, with special values in weights, gradients and moments."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def integer(low, high):
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    matrices, start = [], 0
+    for _ in range(integer(1, 3)):
+        rows, cols = integer(1, 6), integer(1, 7)
+        vector = integer(0, 3) == 0
+        matrices.append(Matrix(start, 1, rows * cols, is_vector=True) if vector else Matrix(start, rows, cols))
+        start += rows * cols
+    bounds = [0, *sorted(integer(0, start) for _ in range(world - 1)), start]
+    buffers = torch.randn(4, start, generator=draw)
+    buffers[3].abs_()
+    for _ in range(integer(0, 6)):
+        buffers[integer(0, 2), integer(0, start - 1)] = SPECIAL[integer(0, len(SPECIAL) - 1)]
+    if integer(0, 4) == 0:
+        buffers[:, : start // 2] = 0
+    eps = (1e-6, 0.0)[integer(0, 1)]
+    return matrices, bounds, buffers, eps
+
+
+def _step_all(rank):
+    world = dist.get_world_size()
+    for seed in range(CASES):
+        matrices, bounds, buffers, eps = random_case(seed, world)
+        weight, grad, m, v = (part[bounds[rank] : bounds[rank + 1]].clone() for part in buffers)
+        layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
+        hyper = Hyper(0.1, 0.9, 0.95, eps, 0.1, 1.0, False)
+        shard = Shard(weight, layout, tuple(matrices), wrapper="none", group=dist.group.WORLD)
+        take_step([Task(shard, grad, m, v, hyper=hyper, vector_hyper=hyper)], check_agreement=seed % 2 == 0)
+        for matrix in matrices:
+            shape = (matrix.cols,) if matrix.is_vector else (matrix.rows, matrix.cols)
+            whole = [part[matrix.start : matrix.stop].view(shape) for part in buffers]
+            merit_step(*whole, **MOMENTS, eps=eps, weight_decay=0.1)
+        for ours, part in zip((weight, m, v), buffers[[0, 2, 3]], strict=True):
+            expected = part[bounds[rank] : bounds[rank + 1]]
+            same = (ours.view(torch.int32) == expected.view(torch.int32)) | (ours.isnan() & expected.isnan())
+            assert same.all(), f"seed {seed}: {ours} is not {expected}"
+
+
+def test_special_values_cross_the_ranks_as_they_cross_a_matrix():
+    run_ranks(3, _step_all)

@@ -83,7 +83,8 @@ def all_cases(rank: int) -> None:
     with pytest.raises(InputError, match=r"^step 4 "):
         for step, flags in mine.items():
             non_finite, skipped = agree(flags)
-            bad_steps.record(step, non_finite=bool(non_finite), skipped=bool(skipped))
+            bad_steps.record(non_finite=bool(non_finite), skipped=bool(skipped))
+            bad_steps.check(step)
 
 
 def test_ranks_stop_in_the_same_step() -> None:
@@ -94,8 +95,11 @@ def test_bad_steps_count_in_a_row_only() -> None:
     """Non-finite losses and skipped steps count together; a good step between starts the count anew."""
     bad_steps = BadSteps(3)
     for step, (non_finite, skipped) in enumerate([(True, False), (False, True), (False, False), (True, True)], 1):
-        bad_steps.record(step, non_finite=non_finite, skipped=skipped)
+        bad_steps.record(non_finite=non_finite, skipped=skipped)
+        bad_steps.check(step)
     assert bad_steps.in_a_row == 1
-    bad_steps.record(5, non_finite=False, skipped=True)
+    bad_steps.record(non_finite=False, skipped=True)
+    bad_steps.check(5)
+    bad_steps.record(non_finite=True, skipped=False)
     with pytest.raises(InputError, match="step 6 ended with a non-finite loss, the last of 3 bad steps in a row"):
-        bad_steps.record(6, non_finite=True, skipped=False)
+        bad_steps.check(6)

@@ -133,6 +133,14 @@ def test_foreign_state_is_refused_and_nothing_changes():
     sgd.step()
     with pytest.raises(ValueError, match="not Merit's optimizer state"):
         optimizer.load_state_dict(sgd.state_dict())
+    adamw = torch.optim.AdamW([weight], lr=0.1)
+    adamw.step()
+    with pytest.raises(ValueError, match="not Merit's optimizer state: its groups have no clip"):
+        optimizer.load_state_dict(adamw.state_dict())
+    spoilt = copy.deepcopy(before)
+    spoilt["param_groups"][0]["clip"] = -3
+    with pytest.raises(ValueError, match="Merit: clip=-3"):
+        optimizer.load_state_dict(spoilt)
     other = parameter(9, 8)
     source = Merit([other], **SETTINGS)
     train(source, [other])
@@ -223,6 +231,7 @@ def test_scaled_update_never_exceeds_the_largest_weight(rows, cols, seed, weight
         ("weight_decay", float("inf")),
         ("clip", 0.0),
         ("clip", True),
+        ("eps", torch.tensor(1e-6)),
         ("decay_vectors", 1),
         ("eps_inside_sqrt", None),
     ],

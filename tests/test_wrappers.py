@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 0, the refusals, and the way in for scripts that nobody may edit."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_port, run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from zero_cases import STEPS, Case, Shapes, logical_matrices
 
 from merit_ds import Merit, UnsupportedError
@@ -24,6 +27,10 @@ def engine_of(case, groups=2):
     return deepspeed.initialize(model=model, model_parameters=model.groups(groups), config=case.config(1))[0]
 
 
+def stepped(group):
+    return [p for p in group["params"] if p.requires_grad and p.numel()]
+
+
 def check_stage_0(case):
     """Each fp32 weight follows the reference, given the gradient that Merit got."""
     engine = engine_of(case)
@@ -32,11 +39,9 @@ def check_stage_0(case):
     optimizer.register_step_pre_hook(lambda *_: grads.append([[p.grad.clone() for p in g["params"]] for g in groups()]))
 
     def groups():
-        # Parameters without elements or gradients are none of Merit's business.
-        wanted = lambda p: p.requires_grad and p.numel()  # noqa: E731
-        return [g | {"params": [p for p in g["params"] if wanted(p)]} for g in optimizer.param_groups]
+        return [g | {"params": stepped(g)} for g in optimizer.param_groups]
 
-    model_groups = [[p for p in g["params"] if p.requires_grad and p.numel()] for g in engine.module.groups(2)]
+    model_groups = [stepped(g) for g in engine.module.groups(2)]
     weights = [[p.detach().float().clone() for p in group] for group in model_groups]
     start = [[weight.clone() for weight in group] for group in weights]
     for ours, wanted in zip(groups(), weights, strict=True):
@@ -86,11 +91,32 @@ def one_rank_refuses():
     engine.backward(engine(0, dist.get_rank()))
     line = message(engine.step)
     assert torch.equal(engine.optimizer.single_partition_of_fp32_groups[0], before)
+    engine.optimizer.refresh_fp32_params()
+    engine.backward(engine(1, dist.get_rank()))
+    assert message(engine.step) == line, "the moments were touched: going on would not be exact"
     return line
 
 
+def copies_are_refused():
+    """A copy of the optimizer inside ZeRO has flat partitions, and no way to know what lies in them."""
+    engine = engine_of(Case("stage 2", zero={"stage": 2}))
+    copied = copy.deepcopy(engine.basic_optimizer)
+    for group in copied.param_groups:
+        for flat in group["params"]:
+            flat.grad = torch.ones_like(flat)
+    return message(copied.step)
+
+
+def fsdp_message():
+    model = fully_shard(torch.nn.Linear(8, 8, bias=False), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = Merit(model.parameters(), lr=0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    return message(optimizer.step)
+
+
 def _all_wrappers(rank):
-    return [check_stage_0(case) for case in STAGE_0], stage_3_message(), one_rank_refuses()
+    outcomes = [check_stage_0(case) for case in STAGE_0], stage_3_message(), one_rank_refuses(), copies_are_refused()
+    return *outcomes, fsdp_message()
 
 
 def test_stage_0_and_refusals_on_two_ranks():
@@ -98,6 +124,8 @@ def test_stage_0_and_refusals_on_two_ranks():
     assert first[0] == second[0] == ["Merit", "FP16_UnfusedOptimizer"]
     assert first[1] == second[1] and "zero_optimization.stage" in first[1]
     assert "another rank" in first[2]
+    assert "does not recognise the wrapper" in first[3]
+    assert "FSDP" in first[4]
     assert "float32 weights are not the model's" in second[2] and "refresh_fp32_params" in second[2]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two operations in plain torch, on any device.
+"""The two operations in plain torch, on any device that has float64.
 
 Every operation is rounded to float32 once. `add(alpha=)`, `addcmul` and `addcdiv` may fuse a multiply-add, and would
 then round differently on another device or in a vector's tail. `torch.sqrt` of float32 may be MKL's on a CPU, which is
@@ -20,7 +20,7 @@ from merit_ds.layout import Fragment, Rectangle
 # Elements of a tile. On a CPU the tile's few float32 temporaries should stay in a core's L2 cache;
 # on an accelerator a tile must be large enough to hide the launches.
 _TILE_CPU = 1 << 16
-_TILE_ACCELERATOR = 1 << 24
+_TILE_ACCELERATOR = 1 << 22
 
 
 @dataclass(frozen=True)
