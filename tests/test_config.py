@@ -105,3 +105,8 @@ def test_the_reference_has_every_key() -> None:
     for name, section in Config.model_fields.items():
         for key in section.annotation.model_fields:
             assert f"`{name}.{key}`" in table
+
+
+def test_the_readme_shows_the_reference() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert reference() in readme, "paste the output of `python -m merit_ds.training.config` into the README"
