@@ -58,7 +58,7 @@ def _trainer(plan: setup.Plan, data: setup.Data) -> Side:
 
     def train_step() -> None:
         with Interrupt() as interrupt:
-            signum = trainer._train_step(interrupt)
+            signum = trainer.train_step(interrupt)
         if signum:
             sys.exit(128 + signum)
 

@@ -88,13 +88,13 @@ class CausalAttention(torch.nn.Module):
             f"{key.size(0)} keys for {query.size(0)} queries": key.size(0) != query.size(0),
         }
         _refuse(refused)
+        grouped = key.size(2) != query.size(2)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, np, s, hn]
+        if query.device.type == "cpu":
+            # torch's CPU kernel takes a fifth longer on Megatron-core's strides: measured with 4 heads of 32, s 256.
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         context = torch.nn.functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),  # [b, np, s, hn]
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=key.size(2) != query.size(2),
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
         )
         return context.permute(2, 0, 1, 3).flatten(2)
 

@@ -76,13 +76,13 @@ def place_monitors(ds_config: dict[str, Any], folder: str | None) -> dict[str, A
     DeepSpeed's own default is a folder `DeepSpeedJobName` in the working directory.
 
     Args:
-        folder: of the run; None where it has none, which changes nothing.
+        folder: of the run; None where the run saves nothing, and such a monitor writes nothing either.
     """
     placed = dict(ds_config)
     for name in MONITORS:
         monitor = section(ds_config, name)
-        if monitor.get("enabled") and folder is not None:
-            placed[name] = {"output_path": folder, "job_name": name} | monitor
+        if monitor.get("enabled") and "output_path" not in monitor:
+            placed[name] = {"enabled": False} if folder is None else {"output_path": folder, "job_name": name} | monitor
     return placed
 
 

@@ -77,7 +77,7 @@ class Trainer:
             if self.step == 0:
                 self._evaluate()
             while self.step < self.plan.steps:
-                signum = self._train_step(interrupt)
+                signum = self.train_step(interrupt)
                 if signum:
                     self._save()
                     kept = f"continue with --load {run.save}" if self._saved_step else "there is no checkpoint"
@@ -112,7 +112,7 @@ class Trainer:
         self.engine.destroy()
         dist.destroy_process_group()
 
-    def _train_step(self, interrupt: Interrupt) -> int:
+    def train_step(self, interrupt: Interrupt) -> int:
         """One optimizer step; or, once any rank has received a signal, its number and no step.
 
         The ranks agree on signals before each micro-batch, since a step at a large batch may take longer than the 30
