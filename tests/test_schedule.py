@@ -122,7 +122,7 @@ def merit(**params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, merit(lr=1e-3, clip=None), {"optimizer": {"type": "AdamW", "params": {"adam_w_mode": True}}}]
+    "values", [merit(lr=1e-3, clip=None), {"optimizer": {"type": "AdamW", "params": {"adam_w_mode": True}}}]
 )
 def test_a_good_json_is_returned_as_it_is(tmp_path: Path, values: dict[str, Any]) -> None:
     path = tmp_path / "ds.json"
@@ -144,6 +144,8 @@ def test_a_good_json_is_returned_as_it_is(tmp_path: Path, values: dict[str, Any]
         (json.dumps(merit(lr=1e-3, weight_dekay=0.1)), "no option 'weight_dekay'; did you mean 'weight_decay'"),
         (json.dumps(merit(lr=1e-3, params=[])), "no option 'params'"),
         (json.dumps(merit(betas=[0.9, 0.95])), r"optimizer\.params\.lr is missing"),
+        (json.dumps(merit(lr=1e-3, clip=0)), r"optimizer\.params: Merit: clip=0, but it must be"),
+        ("{}", r"optimizer\.type is missing"),
     ],
 )
 def test_a_bad_json_gets_one_line_with_its_place(tmp_path: Path, text: str, message: str) -> None:
