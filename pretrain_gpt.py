@@ -11,6 +11,7 @@ import argparse
 
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
 from merit_ds.training.config import Config
+from merit_ds.training.plan import make_plan
 
 
 def main() -> None:
@@ -22,11 +23,11 @@ def main() -> None:
 
 
 def pretrain(config: Config) -> None:
-    # Megatron-core and DeepSpeed take seconds to import: what can be refused without them was refused before.
+    plan = make_plan(config)
+    # Megatron-core and DeepSpeed take many seconds to import: what can be refused without them has been refused.
     from merit_ds.training import setup
     from merit_ds.training.trainer import Trainer
 
-    plan = setup.make_plan(config)
     setup.start_distributed(plan)
     data = setup.open_data(plan)
     model = setup.build(plan, data)

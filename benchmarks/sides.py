@@ -15,6 +15,7 @@ from merit_ds.training.data_manifest import split_prefix
 from merit_ds.training.deepspeed_config import MONITORS, model_dtype
 from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.model import padded_vocab
+from merit_ds.training.plan import Plan
 from merit_ds.training.trainer import Trainer
 
 PARTS = ("forward", "backward", "step")
@@ -35,7 +36,7 @@ class Side:
     parameters: int
 
 
-def build_sides(plan: setup.Plan) -> dict[str, Side]:
+def build_sides(plan: Plan) -> dict[str, Side]:
     """Both sides, by name. A collective.
 
     Raises:
@@ -52,7 +53,7 @@ def build_sides(plan: setup.Plan) -> dict[str, Side]:
     return sides
 
 
-def _trainer(plan: setup.Plan, data: setup.Data) -> Side:
+def _trainer(plan: Plan, data: setup.Data) -> Side:
     engine = setup.wrap(plan, setup.build(plan, data))
     trainer = Trainer(engine, plan, data)
 
@@ -65,7 +66,7 @@ def _trainer(plan: setup.Plan, data: setup.Data) -> Side:
     return Side(train_step, engine, _trainable(engine.module))
 
 
-def _plain(plan: setup.Plan, *, vocab_size: int) -> Side:
+def _plain(plan: Plan, *, vocab_size: int) -> Side:
     config = plan.config
     loop = PlainLoop(
         config.model,

@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,8 @@ from merit_ds.errors import InputError
 from merit_ds.training.cli import report_errors
 from merit_ds.training.config import load_config
 from merit_ds.training.deepspeed_config import model_dtype, section
+from merit_ds.training.plan import Plan, make_plan
 from merit_ds.training.report import provenance
-
-if TYPE_CHECKING:
-    from merit_ds.training.setup import Plan
 
 BENCHMARKS = Path(__file__).resolve().parent
 WANTED = 0.95
@@ -128,7 +126,7 @@ def _compare(settings: Settings) -> None:
     from merit_ds.training import setup
 
     config = load_config(settings.recipe, overrides=[*settings.overrides, "run.save=null", "run.load=null"])
-    plan = setup.make_plan(config)
+    plan = make_plan(config)
     _check(settings, plan, steps=WARM_UP_STEPS + (settings.blocks + 1) * settings.steps_per_block)
     setup.start_distributed(plan)
     sides = build_sides(plan)
@@ -148,7 +146,7 @@ def _compare(settings: Settings) -> None:
     dist.destroy_process_group()
 
 
-def _check(settings: Settings, plan: "Plan", *, steps: int) -> None:
+def _check(settings: Settings, plan: Plan, *, steps: int) -> None:
     """Refuse what the plain loop does not do, and more steps than the recipe's schedule has."""
     if model_dtype(plan.ds_config) == torch.float16:
         raise InputError(f"{settings.recipe}: the plain loop has no loss scaling for fp16; use float32 or bf16")
@@ -169,7 +167,7 @@ def _result(rates: dict[str, list[float]], parts: dict[str, dict[str, float]]) -
     }
 
 
-def _circumstances(settings: Settings, plan: "Plan", *, parameters: int) -> dict[str, Any]:
+def _circumstances(settings: Settings, plan: Plan, *, parameters: int) -> dict[str, Any]:
     return {
         "recipe": os.path.relpath(settings.recipe, BENCHMARKS.parent),
         "overrides": settings.overrides,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens before the first step: check everything on paper, then processes, data, model, engine."""
+"""What happens between the plan and the first step: processes, data, model, engine."""
 
 import os
 from dataclasses import dataclass
@@ -16,13 +16,12 @@ import merit_ds  # noqa: F401  (registers the optimizer)
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import together
 from merit_ds.training.checkpoint import holds_checkpoints
-from merit_ds.training.config import Config, RunConfig
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
-from merit_ds.training.deepspeed_config import model_dtype, place_monitors, read_deepspeed_json, section
+from merit_ds.training.deepspeed_config import model_dtype, section
 from merit_ds.training.model import build_model, initialise_megatron
-from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
+from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
 
 
@@ -38,52 +37,6 @@ class Data:
     train: Sequences
     valid: Sequences
     sha256: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that adds up: the recipe, DeepSpeed's JSON, and what follows from both."""
-
-    config: Config
-    ds_config: dict[str, Any]
-    batch: Batch
-    steps: int
-    rank: int
-    world: int
-    device: torch.device
-
-
-def make_plan(config: Config) -> Plan:
-    """Check the recipe against the JSON and the ranks, before anything is built.
-
-    Raises:
-        InputError: something does not fit.
-    """
-    _refuse_unranked()
-    ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = plan_batch(ds_config, ranks=world)
-    steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
-    check_scheduler(ds_config, steps=steps)
-    return Plan(
-        config=config,
-        ds_config=ds_config,
-        batch=batch,
-        steps=steps,
-        rank=int(os.environ.get("RANK", "0")),
-        world=world,
-        device=torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0")))),
-    )
-
-
-def _refuse_unranked() -> None:
-    """Several processes that each take themselves for the only one would overwrite one another's files."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
-        if int(os.environ.get(name, "1")) > 1 and "RANK" not in os.environ:
-            raise InputError(
-                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set: start by deepspeed or torchrun, "
-                "or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
-            )
 
 
 def start_distributed(plan: Plan) -> None:
@@ -110,11 +63,6 @@ def start_distributed(plan: Plan) -> None:
     if run.save and not continues_itself(run) and holds_checkpoints(Path(run.save)):
         # A new run would remove the older one's checkpoints, as it keeps only its newest.
         raise InputError(f"{run.save} holds checkpoints: continue them with --load {run.save}, or --save elsewhere")
-
-
-def continues_itself(run: RunConfig) -> bool:
-    """Whether a run loads from the folder that it saves to."""
-    return bool(run.save and run.load) and Path(str(run.save)).resolve() == Path(str(run.load)).resolve()
 
 
 def open_data(plan: Plan) -> Data:

@@ -18,9 +18,10 @@ from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.model import masked_mean, padded_vocab
+from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.report import RunFolder, StepReport, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
-from merit_ds.training.setup import Data, Plan, continues_itself
+from merit_ds.training.setup import Data
 
 
 class Trainer:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run on paper: recipe, DeepSpeed JSON and ranks held against each other, before anything heavy is imported."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merit_ds.errors import InputError
+from merit_ds.training.config import Config, RunConfig
+from merit_ds.training.deepspeed_config import place_monitors, read_deepspeed_json
+from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that adds up: the recipe, DeepSpeed's JSON, and what follows from both."""
+
+    config: Config
+    ds_config: dict[str, Any]
+    batch: Batch
+    steps: int
+    rank: int
+    world: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's, as DeepSpeed names it."""
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().device_name(self.local_rank))
+
+
+def make_plan(config: Config) -> Plan:
+    """Check the recipe against the JSON and the ranks, before anything is built.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    _refuse_unranked()
+    ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = plan_batch(ds_config, ranks=world)
+    steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
+    check_scheduler(ds_config, steps=steps)
+    return Plan(
+        config=config,
+        ds_config=ds_config,
+        batch=batch,
+        steps=steps,
+        rank=int(os.environ.get("RANK", "0")),
+        world=world,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def _refuse_unranked() -> None:
+    """Several processes that each take themselves for the only one would overwrite one another's files."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name, "1")) > 1 and "RANK" not in os.environ:
+            raise InputError(
+                f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set: start by deepspeed or torchrun, "
+                "or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
+            )
+
+
+def continues_itself(run: RunConfig) -> bool:
+    """Whether a run loads from the folder that it saves to."""
+    return bool(run.save and run.load) and Path(str(run.save)).resolve() == Path(str(run.load)).resolve()
