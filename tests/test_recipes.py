@@ -77,7 +77,8 @@ def test_the_schedule_follows_from_the_tokens(name: str) -> None:
         check_scheduler(ds_config, steps=steps)
         assert ds_config["scheduler"]["type"] == "WarmupCosineLR"
         params = ds_config["scheduler"]["params"]
-        assert params["warmup_num_steps"] == round(steps / 50)
+        # The paper's share; the quickstart's few steps need a longer warm-up.
+        assert params["warmup_num_steps"] == round(steps / (50 if name in PAPER else 20))
         assert (params["warmup_type"], params["cos_min_ratio"]) == ("linear", 0.1)
 
 
