@@ -23,6 +23,8 @@ from merit_ds.training.report import RunFolder, StepReport, draw_losses, flops_p
 from merit_ds.training.sample import sample_text
 from merit_ds.training.setup import Data
 
+_LONG_STEP_SECONDS = 5.0
+
 
 class Trainer:
     """One run, from its first step here to its last.
@@ -40,6 +42,7 @@ class Trainer:
         self._interval = _Interval(plan.device)
         self._saved_step = 0
         self._doubtful = False
+        self._steps_are_long = False
         self._learning_rate = 0.0
         save = plan.config.run.save
         self._folder = RunFolder(Path(save)) if save else None
@@ -116,8 +119,8 @@ class Trainer:
     def train_step(self, interrupt: Interrupt) -> int:
         """One optimizer step; or, once any rank has received a signal, its number and no step.
 
-        The ranks agree on signals before each micro-batch, since a step at a large batch may take longer than the 30
-        seconds that DeepSpeed's launcher leaves them. Gradients accumulated so far are lost with the process.
+        The ranks agree on signals before the step, and where steps are long before each micro-batch: DeepSpeed's
+        launcher leaves them 30 seconds. Gradients accumulated so far are lost with the process.
         """
         start = time.perf_counter()
         batch, device = self.plan.batch, self.plan.device
@@ -127,16 +130,16 @@ class Trainer:
         loss = torch.zeros((), device=device)
         skipped_before = self.engine.skipped_steps
         self._learning_rate = self.engine.get_lr()[0]  # step() sets the next one
-        for samples in micro_batches(
+        micro_steps = micro_batches(
             self.data.train,
             start=first,
             stop=first + batch.global_batch,
             micro_batch=batch.micro_batch,
             rank=self.plan.rank,
             world=self.plan.world,
-        ):
-            (signum,) = agree([interrupt.received], device=device)
-            if signum:
+        )
+        for index, samples in enumerate(micro_steps):
+            if (index == 0 or self._steps_are_long) and (signum := agree([interrupt.received], device=device)[0]):
                 return signum
             samples = {key: value.to(device, non_blocking=True) for key, value in samples.items()}
             per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
@@ -145,8 +148,9 @@ class Trainer:
             self.engine.step()
             loss += micro_loss.detach() / batch.accumulation
         self.step += 1
-        flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before)]
-        non_finite, skipped = (bool(flag) for flag in agree(flags, device=device))
+        is_long = time.perf_counter() - start > _LONG_STEP_SECONDS
+        flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), int(is_long)]
+        non_finite, skipped, self._steps_are_long = (bool(flag) for flag in agree(flags, device=device))
         self._doubtful = non_finite
         self._interval.add(loss, time.perf_counter() - start, non_finite=non_finite, skipped=skipped)
         self._bad_steps.record(non_finite=non_finite, skipped=skipped)
