@@ -69,9 +69,9 @@ def _settings() -> Settings:
     parser.add_argument(
         "--recipe",
         type=Path,
-        default=BENCHMARKS.parent / "configs" / "quickstart.yaml",
+        default=BENCHMARKS / "large_batch.yaml",
         metavar="YAML",
-        help="what is trained, on its own prepared data (default: configs/quickstart.yaml)",
+        help="what is trained, on its own prepared data (default: benchmarks/large_batch.yaml)",
     )
     parser.add_argument(
         "--set",
@@ -91,14 +91,14 @@ def _settings() -> Settings:
     parser.add_argument(
         "--blocks",
         type=_positive,
-        default=20,
+        default=12,
         metavar="N",
         help="blocks of each side; a pair of blocks gives one ratio (default: %(default)s)",
     )
     parser.add_argument(
         "--steps-per-block",
         type=_positive,
-        default=2,
+        default=1,
         metavar="N",
         help="optimizer steps of a block; more where steps are short (default: %(default)s)",
     )

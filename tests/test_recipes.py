@@ -92,8 +92,8 @@ def test_the_batch_fits_any_usual_gpu_count(name: str, ranks: int) -> None:
         assert batch.micro_batch * batch.accumulation * ranks == batch.global_batch == PAPER[name][1]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_quickstart_runs_on_one_to_four_processes(ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_quickstart_runs_on_one_or_two_processes(ranks: int) -> None:
     recipe = load_config(CONFIGS / "quickstart.yaml")
     ds_config = read_deepspeed_json(Path(recipe.run.deepspeed))
     batch = plan_batch(ds_config, ranks=ranks)

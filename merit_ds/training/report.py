@@ -163,11 +163,13 @@ def draw_losses(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
+    for key, label, style, offset in (("loss", "training", "-", -12), ("valid_loss", "validation", "o-", 6)):
         points = [(row["iteration"], row[key]) for row in rows if key in row]
         axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1.2, markersize=4)
         if points:
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(4, 4), textcoords="offset points", fontsize=9)
+            axes.annotate(
+                f"{points[-1][1]:.3f}", points[-1], xytext=(-8, offset), textcoords="offset points", fontsize=9
+            )
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
