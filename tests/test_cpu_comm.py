@@ -12,10 +12,9 @@ import deepspeed.comm
 import pytest
 import torch
 from ranks import run_ranks
-from torch.utils import cpp_extension
 
 from merit_ds.errors import InputError
-from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
+from merit_ds.training.cpu_comm import check_stale_lock, prebuild, release_shared_memory
 
 BUILDER = """
 import sys, time
@@ -103,9 +102,7 @@ def shared_memory_of_a_run(rank: int) -> tuple[list[str], list[str], float]:
 
 def test_a_run_leaves_no_shared_memory(tmp_path: Path) -> None:
     """DeepSpeed leaves 69 MB a rank under names of its own; the memory must stay usable without them."""
-    library = Path(cpp_extension._get_build_directory("deepspeed_shm_comm", False)) / "deepspeed_shm_comm.so"
-    if not library.exists():
-        pytest.skip("needs the op: python -m merit_ds.training.cpu_comm")
+    prebuild()  # `make` has done it; a bare pytest waits a minute here rather than leave the test out
     other = Path("/dev/shm/deepspeed_allreduce_buffer_of_another_run")
     other.touch()
     try:
