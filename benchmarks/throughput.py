@@ -91,7 +91,7 @@ def _settings() -> Settings:
     parser.add_argument(
         "--blocks",
         type=_positive,
-        default=6,
+        default=12,
         metavar="N",
         help="blocks of each side; a pair of blocks gives one ratio (default: %(default)s)",
     )

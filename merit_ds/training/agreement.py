@@ -16,16 +16,29 @@ from merit_ds.errors import InputError
 Result = TypeVar("Result")
 
 
-def agree(flags: Sequence[int], *, device: torch.device | str = "cpu") -> list[int]:
-    """The largest value of each flag over all ranks: one int32 MAX all-reduce, so one for all the flags of a step.
+class Agreement:
+    """The largest value of each flag over all ranks, on its way: one int32 MAX all-reduce.
+
+    Made before a piece of work and read after it, it costs no rank the delay of the slowest in that piece.
 
     Args:
         flags: as many on every rank, each within int32; 0 means "nothing to report".
         device: where the group's backend can reduce; `engine.device` fits.
     """
-    values = torch.tensor(list(flags), dtype=torch.int32, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [int(value) for value in values.tolist()]
+
+    def __init__(self, flags: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+        self._values = torch.tensor(list(flags), dtype=torch.int32, device=device)
+        self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, async_op=True)
+
+    def result(self) -> list[int]:
+        """Wait for the slowest rank, and return the agreed flags."""
+        self._work.wait()
+        return [int(value) for value in self._values.tolist()]
+
+
+def agree(flags: Sequence[int], *, device: torch.device | str = "cpu") -> list[int]:
+    """An `Agreement`'s result at once."""
+    return Agreement(flags, device=device).result()
 
 
 def together(action: Callable[[], Result], *, failing: str) -> list[Result]:

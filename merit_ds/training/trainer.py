@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from merit_ds.errors import InputError
-from merit_ds.training.agreement import agree, from_rank_zero, together
+from merit_ds.training.agreement import Agreement, agree, from_rank_zero, together
 from merit_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from merit_ds.training.dataset import micro_batches
 from merit_ds.training.deepspeed_config import MONITORS
@@ -22,8 +22,6 @@ from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.report import RunFolder, StepReport, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
 from merit_ds.training.setup import Data
-
-_LONG_STEP_SECONDS = 5.0
 
 
 class Trainer:
@@ -42,7 +40,7 @@ class Trainer:
         self._interval = _Interval(plan.device)
         self._saved_step = 0
         self._doubtful = False
-        self._steps_are_long = False
+        self._signal = 0
         self._learning_rate = 0.0
         save = plan.config.run.save
         self._folder = RunFolder(Path(save)) if save else None
@@ -119,9 +117,11 @@ class Trainer:
     def train_step(self, interrupt: Interrupt) -> int:
         """One optimizer step; or, once any rank has received a signal, its number and no step.
 
-        The ranks agree on signals before the step, and where steps are long before each micro-batch: DeepSpeed's
-        launcher leaves them 30 seconds. Gradients accumulated so far are lost with the process.
+        A large batch's step is longer than the 30 seconds that DeepSpeed's launcher leaves after a signal, so the
+        ranks look for one in the micro-batches too. Gradients accumulated so far are lost with the process.
         """
+        if self._signal:
+            return self._signal
         start = time.perf_counter()
         batch, device = self.plan.batch, self.plan.device
         # Nothing here draws random numbers; whatever may one day, draws the same after a restart.
@@ -138,9 +138,14 @@ class Trainer:
             rank=self.plan.rank,
             world=self.plan.world,
         )
-        for index, samples in enumerate(micro_steps):
-            if (index == 0 or self._steps_are_long) and (signum := agree([interrupt.received], device=device)[0]):
-                return signum
+        signals: Agreement | None = None
+        for index, samples in enumerate(micro_steps, start=1):
+            if signals is not None:
+                self._signal = signals.result()[0]
+                if self._signal:
+                    return self._signal
+            # Read a micro-batch later: to wait for the slowest rank in each would add up all their delays.
+            signals = Agreement([interrupt.received], device=device) if index < batch.accumulation else None
             samples = {key: value.to(device, non_blocking=True) for key, value in samples.items()}
             per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
             micro_loss = masked_mean(per_token, samples["loss_mask"])
@@ -148,9 +153,9 @@ class Trainer:
             self.engine.step()
             loss += micro_loss.detach() / batch.accumulation
         self.step += 1
-        is_long = time.perf_counter() - start > _LONG_STEP_SECONDS
-        flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), int(is_long)]
-        non_finite, skipped, self._steps_are_long = (bool(flag) for flag in agree(flags, device=device))
+        flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), interrupt.received]
+        *bad, self._signal = agree(flags, device=device)
+        non_finite, skipped = map(bool, bad)
         self._doubtful = non_finite
         self._interval.add(loss, time.perf_counter() - start, non_finite=non_finite, skipped=skipped)
         self._bad_steps.record(non_finite=non_finite, skipped=skipped)
