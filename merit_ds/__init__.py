@@ -5,10 +5,11 @@ Importing the package registers the optimizer, so that a DeepSpeed JSON may say 
 """
 
 from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.marks import mark_parameters, split_qkv
 from merit_ds.optimizer import Merit
 from merit_ds.registration import register
 
-__all__ = ["InputError", "Merit", "UnsupportedError"]
+__all__ = ["InputError", "Merit", "UnsupportedError", "mark_parameters", "split_qkv"]
 __version__ = "0.1.0"
 
 register(Merit)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from merit_ds.errors import UnsupportedError
+from merit_ds.fsdp import bind_distributed, is_distributed, refuse_unsupported
 from merit_ds.layout import ShardLayout
+from merit_ds.megatron import replication_problem, tensor_parallel_group
 from merit_ds.shard import Shard, logical_matrices
-from merit_ds.zero import bind_flat_partition, tensor_parallel_size
+from merit_ds.zero import bind_flat_partition
+from merit_ds.zero3 import bind_sub_group, is_partitioned, sub_groups
 
 
 def bind(param_group: dict[str, Any], originals: Sequence[Tensor], *, shapes: Sequence[torch.Size]) -> list[Shard]:
@@ -28,54 +31,50 @@ def bind(param_group: dict[str, Any], originals: Sequence[Tensor], *, shapes: Se
     Raises:
         UnsupportedError: on every rank alike, where the layout is not one that is known to be right.
     """
-    _refuse_unsupported(originals)
+    current = param_group["params"]
+    refuse_unsupported(originals, current)
+    if is_partitioned(originals):
+        return [bind_sub_group(flat, param_group, originals) for flat in current]
     if [original.shape for original in originals] != list(shapes):
         raise UnsupportedError(
             "a wrapper has changed the parameters' shapes since Merit was constructed: not supported"
         )
-    current = param_group["params"]
-    if len(current) == len(originals) and all(new is old for new, old in zip(current, originals, strict=True)):
-        return [_whole(tensor, tensor, param_group) for tensor in current]
+    tensor_group = tensor_parallel_group()
+    if tensor_group is not None:
+        problem = replication_problem(originals, tensor_group)
+        if problem is not None:
+            raise UnsupportedError(problem)
+    if len(current) == len(originals) and all(map(_stands_for, current, originals)):
+        return [_single(new, old, param_group) for new, old in zip(current, originals, strict=True)]
     if any(hasattr(original, "_hp_mapping") for original in originals):
         return [bind_flat_partition(param_group, originals)]
     trainable = [original for original in originals if original.requires_grad and original.numel()]
     if [tensor.shape for tensor in current] == [original.shape for original in trainable]:
-        return [_whole(clone, original, param_group) for clone, original in zip(current, trainable, strict=True)]
+        return [_single(clone, original, param_group) for clone, original in zip(current, trainable, strict=True)]
     raise UnsupportedError(
-        "Merit does not recognise the wrapper that replaced its parameters: it knows plain PyTorch and DeepSpeed's "
-        "zero_optimization.stage 0, 1 and 2"
+        "Merit does not recognise the wrapper that replaced its parameters: it knows plain PyTorch, fully_shard, and "
+        "DeepSpeed's zero_optimization.stage 0, 1, 2 and 3"
     )
 
 
-def _whole(tensor: Tensor, original: Tensor, param_group: dict[str, Any]) -> Shard:
-    """The shard of a whole parameter, or of a float32 copy of one, as DeepSpeed's FP16_UnfusedOptimizer makes them."""
+def stepped_tensors(param_group: dict[str, Any], originals: Sequence[Tensor]) -> Sequence[Tensor]:
+    """All tensors of a group: those in it, or those that ZeRO-3 puts there one at a time."""
+    return sub_groups(originals) if is_partitioned(originals) else param_group["params"]
+
+
+def _stands_for(tensor: Tensor, original: Tensor) -> bool:
+    """Whether a tensor is the parameter itself, or the DTensor that Accelerate puts in its place."""
+    return tensor is original or (is_distributed(tensor) and tensor.shape == original.shape)
+
+
+def _single(tensor: Tensor, original: Tensor, param_group: dict[str, Any]) -> Shard:
+    """The shard of one parameter, or of a float32 copy of it, as DeepSpeed's FP16_UnfusedOptimizer makes them."""
     if not tensor.is_contiguous():
         raise UnsupportedError(f"Merit needs contiguous parameters: make the one of {tuple(tensor.shape)} so")
+    if is_distributed(tensor):
+        return bind_distributed(tensor, original, param_group)
     matrices = logical_matrices(original, param_group)
     layout = ShardLayout.build(matrices, bounds=[0, tensor.numel()], rank=0)
-    if tensor is original:
-        return Shard(tensor, layout, tuple(matrices), wrapper="none")
     unfused = "deepspeed.runtime.fp16.unfused_optimizer" in sys.modules and original.dtype != torch.float32
-    return Shard(tensor, layout, tuple(matrices), wrapper="FP16_UnfusedOptimizer" if unfused else "float32 copies")
-
-
-def _refuse_unsupported(originals: Sequence[Tensor]) -> None:
-    if any(hasattr(original, "ds_id") for original in originals):
-        raise UnsupportedError("Merit does not support zero_optimization.stage 3: set it to 1 or 2")
-    if any(
-        type(original).__name__ == "DTensor" or getattr(original, "_fsdp_flattened", False) for original in originals
-    ):
-        raise UnsupportedError("Merit does not support FSDP's sharded parameters: use DeepSpeed ZeRO-1/2 or DDP")
-    size = max(_megatron_tensor_parallel_size(), tensor_parallel_size())
-    if size > 1:
-        raise UnsupportedError(
-            f"Merit does not support tensor parallelism, found {size} ranks: set tensor_model_parallel_size "
-            "(DeepSpeed: tensor_parallel.autotp_size) to 1"
-        )
-
-
-def _megatron_tensor_parallel_size() -> int:
-    state = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return 1
-    return max(int(state.get_tensor_model_parallel_world_size()), int(state.get_expert_tensor_parallel_world_size()))
+    wrapper = "none" if tensor is original else "FP16_UnfusedOptimizer" if unfused else "float32 copies"
+    return Shard(tensor, layout, tuple(matrices), wrapper=wrapper, tensor_group=tensor_parallel_group())

@@ -36,6 +36,13 @@ class MaxExchange:
             bits.copy_(self._sent)
 
 
+def largest(values: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """The largest of each integer over the group's ranks, in a new tensor; waits for it."""
+    result = values.to(_collective_device(group, values.device), copy=True)
+    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+    return result
+
+
 def _collective_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
     """Where the group's backend can reduce: NCCL takes no CPU tensors, as optimizer offload has them."""
     if device.type == "cpu" and dist.get_backend(group) == "nccl":

@@ -8,6 +8,7 @@ A group's weights lie end to end in one flat buffer, and each rank owns one slic
                           ^^^ C is cut: its first row here, the rest there; A, B, D are whole
 
 A cut piece of a row-major matrix is at most three rectangles: the end of a row, whole rows, the start of a row.
+(A part of a fused weight may lie in bands of whole rows, with other parts between them.)
 Its maxima over columns and over everything, and over each row that a boundary divides, are shared with the other
 ranks. Who shares what follows from the shapes and the boundaries alone, so ranks agree without talking.
 An unsharded tensor is the layout with a single slice, in which every fragment is whole.
@@ -15,24 +16,65 @@ An unsharded tensor is the layout with a single slice, in which every fragment i
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A logical matrix [rows, cols], row-major from `start` on in the flat buffer.
 
-    A vector is one row of which only the whole-weight maximum counts.
+    A vector is one row of which only the whole-weight maximum counts. A part of a fused weight may come in bands: runs
+    of `band` rows, each `pitch` rows after the last; 0 for a matrix in one piece.
+
+    Attributes:
+        split: the axis along which tensor-parallel ranks hold parts of it, "rows" or "cols"; None: each has it all.
+        decayed: False keeps weight decay away from it.
+        scaled: False leaves out the trust ratio (s = 1), and with it all maxima.
     """
 
     start: int
     rows: int
     cols: int
     is_vector: bool = False
+    band: int = 0
+    pitch: int = 0
+    split: Literal["rows", "cols"] | None = None
+    decayed: bool = True
+    scaled: bool = True
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether maxima of rows and columns count."""
+        return self.scaled and not self.is_vector
 
     @property
     def stop(self) -> int:
-        return self.start + self.rows * self.cols
+        return self.position(self.numel - 1) + 1 if self.numel else self.start
+
+    def position(self, index: int) -> int:
+        """Where its element number `index`, counted row by row, lies in the flat buffer."""
+        row, col = divmod(index, self.cols)
+        if self.band:
+            band, row = divmod(row, self.band)
+            row += band * self.pitch
+        return self.start + row * self.cols + col
+
+    def count_before(self, position: int) -> int:
+        """How many of its elements lie before a position of the flat buffer."""
+        before = max(position - self.start, 0)
+        if self.band:
+            band, rest = divmod(before, self.pitch * self.cols)
+            before = band * self.band * self.cols + min(rest, self.band * self.cols)
+        return min(before, self.numel)
+
+    def rows_together(self, row: int) -> int:
+        """Rows from `row` on that lie end to end."""
+        return self.band - row % self.band if self.band else self.rows - row
 
 
 @dataclass(frozen=True)
@@ -62,48 +104,88 @@ class SharedMaxima:
     first_row: int | None
     last_row: int | None
 
+    def moved(self, slots: int) -> "SharedMaxima":
+        """The same, so many slots later."""
+        cols, first_row, last_row = (
+            None if slot is None else slot + slots for slot in (self.cols, self.first_row, self.last_row)
+        )
+        return SharedMaxima(self.whole + slots, cols, first_row, last_row)
+
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of a matrix in a rank's slice: `numel` elements from `first` on (counted in the matrix), at `offset`."""
+    """What a rank's slice holds of a matrix: `numel` elements from `first` on, counted in the matrix.
+
+    Attributes:
+        begin: the position in the flat buffer that is element 0 of the rank's tensor.
+        shared: where its maxima lie in the data-parallel exchange, if other slices hold parts of the matrix.
+        tensor_slot: where they begin in the tensor-parallel exchange, if the matrix is split: the whole-weight
+            maximum, then the columns' or the fragment's rows', whichever run across the split.
+    """
 
     matrix: Matrix
-    offset: int
+    begin: int
     first: int
     numel: int
-    shared: SharedMaxima | None
+    shared: SharedMaxima | None = None
+    tensor_slot: int | None = None
 
     @property
     def rows(self) -> int:
         """Number of rows of which it holds at least a part."""
         return (self.first + self.numel - 1) // self.matrix.cols - self.first // self.matrix.cols + 1
 
+    @property
+    def tensor_slots(self) -> int:
+        """Its maxima in the tensor-parallel exchange."""
+        if self.matrix.split is None or not self.matrix.scaled:
+            return 0
+        if self.matrix.is_vector:
+            return 1
+        return 1 + (self.matrix.cols if self.matrix.split == "rows" else self.rows)
+
+    def moved(self, offset: int, *, slots: int, tensor_slots: int) -> "Fragment":
+        """The same, so many elements later in the rank's tensor, and so many slots later in the two exchanges."""
+        return replace(
+            self,
+            begin=self.begin - offset,
+            shared=None if self.shared is None else self.shared.moved(slots),
+            tensor_slot=None if self.tensor_slot is None else self.tensor_slot + tensor_slots,
+        )
+
     def rectangles(self) -> list[Rectangle]:
-        """The fragment as one to three rectangles, in memory order."""
-        cols = self.matrix.cols
-        begin, end = self.first % cols, (self.first + self.numel) % cols
-        if self.rows == 1:
-            return [Rectangle(self.offset, 0, begin, 1, self.numel)]
-        head = cols - begin if begin else 0
-        body = self.numel - head - end
-        pieces = [
-            Rectangle(self.offset, 0, begin, 1, head),
-            Rectangle(self.offset + head, int(head > 0), 0, body // cols, cols),
-            Rectangle(self.offset + head + body, self.rows - 1, 0, 1, end),
-        ]
-        return [piece for piece in pieces if piece.rows * piece.cols > 0]
+        """The fragment in memory order: for each band at most the end of a row, whole rows, the start of a row."""
+        cols, first_row = self.matrix.cols, self.first // self.matrix.cols
+        pieces = []
+        index, end = self.first, self.first + self.numel
+        while index < end:
+            row, col = divmod(index, cols)
+            if col or end - index < cols:
+                rows, width = 1, min(cols - col, end - index)
+            else:
+                rows, width = min((end - index) // cols, self.matrix.rows_together(row)), cols
+            pieces.append(Rectangle(self.matrix.position(index) - self.begin, row - first_row, col, rows, width))
+            index += rows * width
+        return pieces
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One rank's fragments, and the number of maxima (of |w|, and as many of |u|) that all ranks exchange.
+    """One rank's fragments, and the numbers of maxima (of |w|, and as many of |u|) that ranks exchange.
 
-    Slot 0 of the exchange belongs to no matrix: in it a rank can tell the others that it must refuse.
+    Slot 0 of both exchanges belongs to no matrix: in it a rank can tell the others that it must refuse.
+
+    Attributes:
+        cut: fragments of matrices that lie on several slices.
+        whole: those that no other slice has a part in, or that need no maxima.
+        exchange_size: slots of the data-parallel exchange, the same on all its ranks.
+        tensor_exchange_size: slots of the tensor-parallel exchange, among ranks with the same slice.
     """
 
     cut: tuple[Fragment, ...]
     whole: tuple[Fragment, ...]
     exchange_size: int
+    tensor_exchange_size: int = 1
 
     @classmethod
     def build(cls, matrices: Sequence[Matrix], *, bounds: Sequence[int], rank: int) -> "ShardLayout":
@@ -112,37 +194,55 @@ class ShardLayout:
         Args:
             matrices: what lies in the buffer, by ascending start; gaps are padding. Zero-size ones are skipped.
             bounds: the slices' boundaries, ascending, one more than there are ranks.
-            rank: whose fragments to return; the exchange's order and size do not depend on it.
+            rank: whose fragments to return; the data-parallel exchange's order and size do not depend on it.
         """
         begin, end = bounds[rank], bounds[rank + 1]
         cut: list[Fragment] = []
         whole: list[Fragment] = []
-        next_slot = 1
+        next_slot = tensor_slot = 1
         for matrix in matrices:
-            inner = bounds[bisect_right(bounds, matrix.start) : bisect_left(bounds, matrix.stop)]
-            low, high = max(begin, matrix.start), min(end, matrix.stop)
-            here = (matrix, low - begin, low - matrix.start, high - low)
-            if not inner:
-                if low < high:
-                    whole.append(Fragment(*here, shared=None))
-                continue
-            divided = _divided_rows(matrix, inner)
-            if low < high:
-                cut.append(Fragment(*here, shared=_shared(matrix, low, high, divided, next_slot)))
-            next_slot += 1 if matrix.is_vector else 1 + matrix.cols + len(divided)
-        return cls(tuple(cut), tuple(whole), next_slot)
+            first, last = matrix.count_before(begin), matrix.count_before(end)
+            fragment = Fragment(matrix, begin, first, last - first)
+            cuts = _cuts(matrix, bounds)
+            divided = [] if matrix.is_vector else sorted({cut // matrix.cols for cut in cuts if cut % matrix.cols})
+            if fragment.numel:
+                if fragment.tensor_slots:
+                    fragment = replace(fragment, tensor_slot=tensor_slot)
+                    tensor_slot += fragment.tensor_slots
+                if cuts:
+                    cut.append(replace(fragment, shared=_shared(fragment, divided, next_slot)))
+                else:
+                    whole.append(fragment)
+            if cuts:
+                next_slot += 1 if matrix.is_vector else 1 + matrix.cols + len(divided)
+        return cls(tuple(cut), tuple(whole), next_slot, tensor_slot)
+
+    @classmethod
+    def concatenate(cls, layouts: Sequence["ShardLayout"], *, offsets: Sequence[int]) -> "ShardLayout":
+        """The layout of a tensor in which others lie, each from its offset on. They have slot 0 in common."""
+        cut: list[Fragment] = []
+        whole: list[Fragment] = []
+        next_slot = tensor_slot = 1
+        for layout, offset in zip(layouts, offsets, strict=True):
+            shift = {"slots": next_slot - 1, "tensor_slots": tensor_slot - 1}
+            cut += [fragment.moved(offset, **shift) for fragment in layout.cut]
+            whole += [fragment.moved(offset, **shift) for fragment in layout.whole]
+            next_slot += layout.exchange_size - 1
+            tensor_slot += layout.tensor_exchange_size - 1
+        return cls(tuple(cut), tuple(whole), next_slot, tensor_slot)
 
 
-def _divided_rows(matrix: Matrix, inner: Sequence[int]) -> list[int]:
-    """Rows with a boundary inside; of a vector only the whole counts."""
-    if matrix.is_vector:
+def _cuts(matrix: Matrix, bounds: Sequence[int]) -> list[int]:
+    """Its elements at which another slice begins; none if no maxima are needed."""
+    if not matrix.scaled:
         return []
-    offsets = [bound - matrix.start for bound in inner]
-    return sorted({offset // matrix.cols for offset in offsets if offset % matrix.cols})
+    inside = bounds[bisect_right(bounds, matrix.start) : bisect_left(bounds, matrix.stop)]
+    return [cut for cut in (matrix.count_before(bound) for bound in inside) if 0 < cut < matrix.numel]
 
 
-def _shared(matrix: Matrix, low: int, high: int, divided: list[int], slot: int) -> SharedMaxima:
-    """The slots of a cut fragment [low, high), whose matrix's block is: whole, columns, divided rows."""
+def _shared(fragment: Fragment, divided: list[int], slot: int) -> SharedMaxima:
+    """The slots of a cut fragment, whose matrix's block is: whole, columns, divided rows."""
+    matrix = fragment.matrix
     if matrix.is_vector:
         return SharedMaxima(whole=slot, cols=None, first_row=None, last_row=None)
 
@@ -150,6 +250,6 @@ def _shared(matrix: Matrix, low: int, high: int, divided: list[int], slot: int) 
         index = bisect_left(divided, row)
         return slot + 1 + matrix.cols + index if index < len(divided) and divided[index] == row else None
 
-    first_row = (low - matrix.start) // matrix.cols
-    last_row = (high - 1 - matrix.start) // matrix.cols
+    first_row = fragment.first // matrix.cols
+    last_row = first_row + fragment.rows - 1
     return SharedMaxima(whole=slot, cols=slot + 1, first_row=slot_of(first_row), last_row=slot_of(last_row))

@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merit, the optimizer: parameter groups, state, and the step."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from numbers import Real
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.binding import bind
+from merit_ds.binding import bind, stepped_tensors
 from merit_ds.errors import UnsupportedError
+from merit_ds.fsdp import is_distributed, local_part, same_sharding
 from merit_ds.ops import Hyper
 from merit_ds.registration import allow_under_zero
-from merit_ds.shard import MATRIX_VIEWS, Shard, logical_matrices
+from merit_ds.shard import Shard
 from merit_ds.step import Task, take_step
 from merit_ds.summary import log_summary
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from merit_ds.validation import MOMENTS, check_parameters, check_saved_group, check_settings, check_state
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ class Merit(torch.optim.Optimizer):
     `matrix_view` (see `merit_ds.shard.logical_matrices`). Source: arXiv 2508.20577, algorithm 1; `eps` outside the
     root as in its authors' published code. `merit_ds.reference` is the same in a few lines.
 
-    Under DeepSpeed ZeRO-1 and 2 the result is bitwise that of the unsharded step for the same gradients.
+    Under DeepSpeed ZeRO-1, 2 and 3 and PyTorch's fully_shard (construct Merit after it) the result is bitwise that of
+    the unsharded step for the same gradients.
     Arithmetic and state (`exp_avg`, `exp_avg_sq`, an int `step`) are float32 whatever the parameter's dtype.
 
     Args:
@@ -95,7 +93,7 @@ class Merit(torch.optim.Optimizer):
             "eps_inside_sqrt": eps_inside_sqrt,
             "step": 0,  # DeepSpeed's elastic checkpoints look for it in the group
         }
-        _check_settings(defaults)
+        check_settings(defaults)
         super().__init__(params, defaults)
         allow_under_zero(type(self))
 
@@ -104,8 +102,8 @@ class Merit(torch.optim.Optimizer):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         try:
-            _check_settings(added)
-            _check_parameters(added)
+            check_settings(added)
+            check_parameters(added)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -119,7 +117,7 @@ class Merit(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Change every weight that has a gradient.
 
-        Under ZeRO all ranks of the data-parallel group must call it: it holds one all-reduce MAX.
+        Under ZeRO and fully_shard all ranks of the data-parallel group must call it: it holds one all-reduce MAX.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -166,16 +164,16 @@ class Merit(torch.optim.Optimizer):
             if state_dict["state"].get(identifier)
         ]
         for group in state_dict["param_groups"]:
-            _check_saved_group(group, self.defaults)
+            check_saved_group(group, self.defaults)
         for tensor, state in pairs:
-            _check_state(tensor, state)
+            check_state(tensor, state)
         origins = [self._origin(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
         self._refusal = None
         for tensor, state in pairs:
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,11 +193,12 @@ class Merit(torch.optim.Optimizer):
         origin = self._origin(group)
         shards = bind(group, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
-        if all(tensor in self._bound for origin in self._origins for tensor in origin.group["params"]):
+        tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]
+        if all(tensor in self._bound for tensor in chain.from_iterable(tensors)):
             log_summary(
                 [
-                    (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in origin.group["params"]])
-                    for origin in self._origins
+                    (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in found])
+                    for origin, found in zip(self._origins, tensors, strict=True)
                 ]
             )
         return shards
@@ -218,91 +217,59 @@ class Merit(torch.optim.Optimizer):
         )
 
     def _tasks(self, group: dict[str, Any]) -> list[Task]:
-        hyper, vector_hyper = _hyper(group, decays=True), _hyper(group, decays=group["decay_vectors"])
+        hyper = _hyper(group)
+        undecayed = replace(hyper, weight_decay=0.0)
         tasks = []
         for tensor in group["params"]:
             shard = self._bound[tensor]
             if tensor.grad is None:
-                if shard.group is not None:  # DeepSpeed gives every partition one, so this happens on all ranks or none
+                # DeepSpeed gives every partition one, so this happens on all ranks or none.
+                if shard.group is not None and not is_distributed(tensor):
                     raise UnsupportedError("a partition of zero_optimization has no gradient: call step by the engine")
                 continue
             if tensor.grad.is_sparse:
                 raise UnsupportedError("Merit does not support sparse gradients: use dense ones (sparse=False)")
-            grad = tensor.grad.contiguous().view(-1)
-            tasks.append(Task(shard, grad, *self._moments(tensor), hyper=hyper, vector_hyper=vector_hyper))
+            if not same_sharding(tensor, tensor.grad):
+                raise UnsupportedError("a gradient is not sharded as its parameter is: redistribute it before the step")
+            exp_avg, exp_avg_sq = self._moments(tensor)
+            tasks.append(
+                Task(
+                    shard,
+                    weight=local_part(tensor.detach()).view(-1),
+                    grad=local_part(tensor.grad).contiguous().view(-1),
+                    exp_avg=local_part(exp_avg).view(-1),
+                    exp_avg_sq=local_part(exp_avg_sq).view(-1),
+                    hyper=hyper,
+                    undecayed=undecayed,
+                    decay_vectors=group["decay_vectors"],
+                )
+            )
         return tasks
 
     def _moments(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[tensor]
         if not state:
             state["step"] = 0
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
         return cast(Tensor, state["exp_avg"]), cast(Tensor, state["exp_avg_sq"])
 
     def _count(self, group: dict[str, Any]) -> None:
-        stepped = [tensor for tensor in group["params"] if tensor.grad is not None]
-        for tensor in stepped:
-            self.state[tensor]["step"] += 1
-        group["step"] += bool(stepped)
+        for tensor in group["params"]:
+            if tensor.grad is not None:
+                self.state[tensor]["step"] += 1
+                # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+                group["step"] = max(group["step"], self.state[tensor]["step"])
 
 
-def _hyper(group: dict[str, Any], *, decays: bool) -> Hyper:
+def _hyper(group: dict[str, Any]) -> Hyper:
     beta1, beta2 = group["betas"]
     return Hyper(
         lr=float(group["lr"]),
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]) if decays else 0.0,
+        weight_decay=float(group["weight_decay"]),
         clip=None if group["clip"] is None else float(group["clip"]),
         eps_inside_sqrt=group["eps_inside_sqrt"],
     )
-
-
-def _check_settings(group: dict[str, Any]) -> None:
-    def require(name: str, fits: bool, allowed: str) -> None:
-        if not fits:
-            raise ValueError(f"Merit: {name}={group[name]!r}, but it must be {allowed}")
-
-    def number(value: Any) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-    lr = group["lr"].item() if isinstance(group["lr"], Tensor) and group["lr"].numel() == 1 else group["lr"]
-    require("lr", number(lr) and lr >= 0, "a finite number, 0 or more")
-    for name in ("eps", "weight_decay"):
-        require(name, number(group[name]) and group[name] >= 0, "a finite number, 0 or more")
-    betas = group["betas"]
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    require("betas", pair and all(number(beta) and 0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
-    clip = group["clip"]
-    require("clip", clip is None or (number(clip) and clip > 0), "a finite number above 0, or None for no clipping")
-    for name in ("decay_vectors", "eps_inside_sqrt"):
-        require(name, isinstance(group[name], bool), "True or False")
-    if group.get("matrix_view") is not None:
-        require("matrix_view", group["matrix_view"] in MATRIX_VIEWS, f"one of {', '.join(MATRIX_VIEWS)}")
-
-
-def _check_saved_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
-    missing = sorted(defaults.keys() - group.keys())
-    if missing:
-        raise ValueError(f"this is not Merit's optimizer state: its groups have no {missing[0]}")
-    _check_settings(group)
-
-
-def _check_parameters(group: dict[str, Any]) -> None:
-    for parameter in group["params"]:
-        if parameter.dtype not in _DTYPES:
-            raise ValueError(f"Merit: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
-        logical_matrices(parameter, group)
-
-
-def _check_state(tensor: Tensor, state: dict[str, Any]) -> None:
-    for name in _MOMENTS:
-        if name not in state:
-            raise ValueError(f"this is not Merit's optimizer state: it has {sorted(state)} and no {name}")
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} and its parameter {tuple(tensor.shape)}: the state "
-                "belongs to another model or another number of ranks"
-            )

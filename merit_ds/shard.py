@@ -2,15 +2,17 @@
 """One tensor of an optimizer's group, and the logical matrices that lie in it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.megatron import split_axis
 
-MATRIX_VIEWS = ("stack", "flatten")
+MATRIX_VIEWS = "'stack', 'flatten' or ('qkv', query rows, head rows)"
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Shard:
         layout: its fragments, by element of the flattened tensor.
         matrices: the logical weights of the whole group of ranks, for reports.
         wrapper: who put the tensor in the parameters' place, "none" for nobody.
-        group: the ranks to exchange maxima with; None where every weight is whole.
+        group: the data-parallel ranks to exchange maxima with; None where every weight is whole.
+        tensor_group: the tensor-parallel ranks to exchange maxima with; None where no weight is split.
         problem: why this rank must refuse, else None. Found on one rank only, it is told to the others in
             the exchange, so that none is left waiting.
     """
@@ -32,35 +35,83 @@ class Shard:
     matrices: tuple[Matrix, ...]
     wrapper: str
     group: dist.ProcessGroup | None = None
+    tensor_group: dist.ProcessGroup | None = None
     problem: str | None = None
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """A parameter's shape, also while ZeRO-3 has taken its values away and left it with none."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: int = 0) -> list[Matrix]:
     """The matrices of which one parameter consists; none if it has no elements.
 
+    Attributes of the parameter or, where it has none, keys of its group decide about it: `matrix_view`,
+    `no_weight_decay` and `no_trust_ratio`. (fully_shard makes new parameters without them: set them afterwards.)
+    A `matrix_view` is
+    - "stack": [E, R, C] is E matrices, as experts are;
+    - "flatten": [O, I, kH, kW] is the matrix [O, I*kH*kW], as a convolution is;
+    - ("qkv", query rows, head rows): for each query group that many rows of Q, then one head's rows each of K and of V,
+      as Megatron-core fuses them; three matrices.
+
     Args:
-        parameter: any shape. Three or more dimensions need a `matrix_view`: an attribute of the parameter or a key of
-            its group, "stack" ([E, R, C] is E matrices, as experts are) or "flatten" ([O, I, kH, kW] is the
-            matrix [O, I*kH*kW], as a convolution is).
+        parameter: any shape; three or more dimensions need a view.
         start: the parameter's first element in the flat buffer.
 
     Raises:
-        ValueError: three or more dimensions without a view, or an unknown view.
+        ValueError: three or more dimensions without a view, a view that is unknown or does not fit, or a
+            tensor-parallel weight with more than two dimensions.
     """
-    if parameter.numel() == 0:
+    if full_shape(parameter).numel() == 0:
         return []
-    shape = parameter.shape
+    rule: dict[str, Any] = {
+        "split": split_axis(parameter),
+        "decayed": not _mark(parameter, param_group, "no_weight_decay"),
+        "scaled": not _mark(parameter, param_group, "no_trust_ratio"),
+    }
+    return [replace(matrix, **rule) for matrix in _viewed(parameter, param_group, start)]
+
+
+def is_matrix_view(view: Any) -> bool:
+    """Whether it is one of MATRIX_VIEWS."""
+    if isinstance(view, (tuple, list)):
+        name, *sizes = view
+        return name == "qkv" and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+    return view in ("stack", "flatten")
+
+
+def _mark(parameter: Tensor, param_group: dict[str, Any], name: str) -> Any:
+    value = getattr(parameter, name, None)
+    return param_group.get(name) if value is None else value
+
+
+def _viewed(parameter: Tensor, param_group: dict[str, Any], start: int) -> list[Matrix]:
+    shape, view = full_shape(parameter), _mark(parameter, param_group, "matrix_view")
     if len(shape) < 2:
-        return [Matrix(start, 1, parameter.numel(), is_vector=True)]
+        return [Matrix(start, 1, shape.numel(), is_vector=True)]
     if len(shape) == 2:
-        return [Matrix(start, shape[0], shape[1])]
-    view = getattr(parameter, "matrix_view", None) or param_group.get("matrix_view")
+        fused = isinstance(view, (tuple, list))
+        return _fused_qkv(start, *shape, view) if fused else [Matrix(start, *shape)]
     if view == "flatten":
         return [Matrix(start, shape[0], math.prod(shape[1:]))]
     if view == "stack":
         rows, cols = shape[-2:]
-        return [Matrix(begin, rows, cols) for begin in range(start, start + parameter.numel(), rows * cols)]
+        return [Matrix(begin, rows, cols) for begin in range(start, start + shape.numel(), rows * cols)]
     raise ValueError(
         f"a parameter of shape {tuple(shape)} has matrix_view {view!r}: set the parameter's attribute or its group's "
         "key matrix_view to 'stack' (the last two dimensions are a matrix) or 'flatten' (a row per first index)"
     )
+
+
+def _fused_qkv(start: int, rows: int, cols: int, view: Any) -> list[Matrix]:
+    """Q, K and V, whose rows alternate by query group."""
+    query_rows, head_rows = view[1:] if is_matrix_view(view) else (0, 0)
+    pitch = query_rows + 2 * head_rows
+    if not pitch or rows % pitch:
+        raise ValueError(
+            f"a parameter of shape {(rows, cols)} does not consist of query groups by matrix_view {view!r}"
+        )
+    bands = ((0, query_rows), (query_rows, head_rows), (query_rows + head_rows, head_rows))
+    return [Matrix(start + first * cols, rows // pitch * band, cols, band=band, pitch=pitch) for first, band in bands]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of DeepSpeed's flat ZeRO-1/2 partitions: the only reader of DeepSpeed's private attributes.
+"""The layout of DeepSpeed's flat ZeRO-1/2 partitions. With zero3, the only reader of DeepSpeed's private attributes.
 
 DeepSpeedZeroOptimizer and BF16_Optimizer lay a group's low-precision parameters into one flat buffer, make every
 `parameter.data` a view of it, and hand the optimizer a float32 copy of this rank's slice. So the buffer's real order
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from merit_ds.errors import UnsupportedError
-from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.layout import ShardLayout
+from merit_ds.megatron import tensor_parallel_group
 from merit_ds.shard import Shard, logical_matrices
 
 _CHECKED_AT_ONCE = 1 << 22  # elements; bounds the check's scratch memory
@@ -33,7 +34,7 @@ def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]
         UnsupportedError: on every rank alike, where the buffer is not what ZeRO-1/2 makes. A slice whose values
             are not the model's is a `problem` of the returned shard, since other ranks may not see it.
     """
-    _refuse_scaled_autocast()
+    refuse_scaled_autocast()
     members = [parameter for parameter in originals if hasattr(parameter, "_dp_group")]
     tensors = param_group["params"]
     if len(tensors) != 1 or tensors[0].dim() != 1 or tensors[0].dtype != torch.float32:
@@ -45,11 +46,11 @@ def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]
     group = members[0]._dp_group or dist.group.WORLD
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     buffer = _flat_buffer(members, world * flat.numel())
+    _refuse_overlaps(members, buffer.numel())
     matrices = sorted(
         (matrix for p in members for matrix in logical_matrices(p, param_group, start=int(p.storage_offset()))),
         key=lambda matrix: matrix.start,
     )
-    _refuse_overlaps(matrices, buffer.numel())
     bounds = [index * flat.numel() for index in range(world + 1)]
     layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
     return Shard(
@@ -59,7 +60,8 @@ def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]
         # The attribute is set by one of the two classes only, for its gradient accumulation.
         wrapper="DeepSpeedZeroOptimizer" if hasattr(members[0], "grad_accum") else "BF16_Optimizer",
         group=group if world > 1 else None,
-        problem=_value_problem(layout, flat, buffer[bounds[rank] : bounds[rank + 1]]),
+        tensor_group=tensor_parallel_group(),
+        problem=value_problem(layout, flat, buffer[bounds[rank] : bounds[rank + 1]]),
     )
 
 
@@ -80,43 +82,33 @@ def _flat_buffer(members: Sequence[Tensor], size: int) -> Tensor:
     return flat
 
 
-def _refuse_overlaps(matrices: Sequence[Matrix], size: int) -> None:
-    ends = [0, *(matrix.stop for matrix in matrices)]
-    if any(matrix.start < end for matrix, end in zip(matrices, ends, strict=False)) or ends[-1] > size:
+def _refuse_overlaps(members: Sequence[Tensor], size: int) -> None:
+    spans = sorted((int(p.storage_offset()), int(p.storage_offset()) + p.numel()) for p in members)
+    ends = [0, *(end for _, end in spans)]
+    if any(begin < end for (begin, _), end in zip(spans, ends, strict=False)) or ends[-1] > size:
         raise UnsupportedError("Merit found parameters that overlap in ZeRO's flat buffer")
 
 
-def _value_problem(layout: ShardLayout, flat: Tensor, low_precision: Tensor) -> str | None:
+def value_problem(layout: ShardLayout, flat: Tensor, low_precision: Tensor) -> str | None:
     """Whether the float32 slice holds the model's values, as it must whenever no step is under way."""
-    for fragment in (*layout.cut, *layout.whole):
-        stop = fragment.offset + fragment.numel
-        for begin in range(fragment.offset, stop, _CHECKED_AT_ONCE):
+    pieces = [(piece, f.matrix) for f in (*layout.cut, *layout.whole) for piece in f.rectangles()]
+    for piece, matrix in pieces:
+        stop = piece.offset + piece.rows * piece.cols
+        for begin in range(piece.offset, stop, _CHECKED_AT_ONCE):
             run = slice(begin, min(begin + _CHECKED_AT_ONCE, stop))
             master = flat.detach()[run].to(device=low_precision.device, dtype=low_precision.dtype)
             if torch.equal(master, low_precision[run]):
                 continue
             return (
-                f"ZeRO's float32 weights are not the model's (in a weight of {fragment.matrix.rows} x "
-                f"{fragment.matrix.cols}): after a change of the model's weights, call "
+                f"ZeRO's float32 weights are not the model's (in a weight of {matrix.rows} x {matrix.cols}"
+                "): after a change of the model's weights, call "
                 "engine.optimizer.refresh_fp32_params() before the first step; else remove the key of "
                 "zero_optimization that reorders them"
             )
     return None
 
 
-def tensor_parallel_size() -> int:
-    """Ranks that share a layer: by a script's `mpu` or DeepSpeed's automatic tensor parallelism."""
-    groups = sys.modules.get("deepspeed.utils.groups")
-    if groups is None:
-        return 1
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
-
-    automatic = groups._TENSOR_MODEL_PARALLEL_GROUP
-    by_script = 1 if groups.mpu is None else int(bwc_tensor_model_parallel_world_size(groups.mpu))
-    return max(by_script, 1 if automatic is None else automatic.size())
-
-
-def _refuse_scaled_autocast() -> None:
+def refuse_scaled_autocast() -> None:
     """torch's GradScaler, which DeepSpeed uses here, may skip the step on one rank and leave the others waiting."""
     autocast = sys.modules.get("deepspeed.runtime.torch_autocast")
     if autocast is not None and autocast.is_autocast_initialized() and autocast.get_autocast_dtype() == torch.float16:

@@ -80,7 +80,7 @@ def _step_all(rank):
         layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
         hyper = Hyper(0.1, 0.9, 0.95, eps, 0.1, 1.0, False)
         shard = Shard(weight, layout, tuple(matrices), wrapper="none", group=dist.group.WORLD)
-        take_step([Task(shard, grad, m, v, hyper=hyper, vector_hyper=hyper)], check_agreement=seed % 2 == 0)
+        take_step([Task(shard, weight, grad, m, v, hyper, hyper, decay_vectors=True)], check_agreement=seed % 2 == 0)
         for matrix in matrices:
             shape = (matrix.cols,) if matrix.is_vector else (matrix.rows, matrix.cols)
             whole = [part[matrix.start : matrix.stop].view(shape) for part in buffers]

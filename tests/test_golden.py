@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import numpy_step
 
 from merit_ds import Merit
 from merit_ds.reference import merit_step
@@ -20,24 +21,6 @@ from merit_ds.reference import merit_step
 GOLDEN = np.load(Path(__file__).parent / "data" / "official_merit_trajectories.npz")
 CASES = sorted({int(key.split("_")[0]) for key in GOLDEN.files})
 BOUND = 5e-7
-
-
-def numpy_step(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay):
-    """MERIT in numpy float32, one rounding for each operation; returns (w, m, v)."""
-    f = np.float32
-    with np.errstate(all="ignore"):
-        m = m * f(beta1) + g * f(1 - beta1)
-        v = v * f(beta2) + (g * g) * f(1 - beta2)
-        u = m / (np.sqrt(v) + f(eps)) + w * f(weight_decay)
-        a, b = np.abs(w), np.abs(u)
-        whole = a.max() / b.max()
-        if w.ndim == 1:
-            s = np.where((a.max() == 0) | (b.max() == 0), f(1), whole)
-        else:
-            aw, au, cw, cu = a.max(1, keepdims=True), b.max(1, keepdims=True), a.max(0), b.max(0)
-            s = np.maximum(np.maximum(aw / au, cw / cu), whole)
-            s = np.where((aw == 0) | (au == 0) | (cw == 0) | (cu == 0), f(1), s)
-        return w - np.clip(u * s, f(-1), f(1)) * f(lr), m, v
 
 
 def run(case: int, stepper):

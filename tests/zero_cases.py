@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a real DeepSpeed engine with Merit, records what Merit was given, and replays it unsharded."""
+"""What tests with DeepSpeed engines share: a model, a record of Merit's steps, what lies where in ZeRO's buffers."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 import merit_ds  # noqa: F401  (registers the optimizer)
-from merit_ds.reference import merit_step
 
 SETTINGS = {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
 STEPS = 4
@@ -66,7 +64,7 @@ class Shapes(torch.nn.Module):
 
     def forward(self, step: int, rank: int) -> torch.Tensor:
         loss = torch.zeros(())
-        for index, parameter in enumerate(self.parameters()):
+        for index, parameter in enumerate(self.parameters(recurse=False)):
             generator = torch.Generator().manual_seed(1000 * step + 100 * rank + index)
             target = torch.randn(parameter.shape, generator=generator)
             loss = loss + ((parameter.float() - target) ** 2).sum()
@@ -113,7 +111,7 @@ class Recorder:
         self._inside = True
         self.calls += 1
         for group in optimizer.param_groups:
-            self.grads += [tensor.grad.clone() for tensor in group["params"]]
+            self.grads += [tensor.grad.clone() for tensor in group["params"] if tensor.grad is not None]
 
     def _after(self, optimizer, args, kwargs) -> None:
         self._inside = False
@@ -128,8 +126,9 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def logical_matrices(parameter: torch.nn.Parameter, flat: torch.Tensor) -> list[torch.Tensor]:
     """Views of a parameter's flat float32 values in the shape that MERIT sees."""
-    view = flat[: parameter.numel()].view(parameter.shape)
-    if parameter.dim() <= 2:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a parameter without its own
+    view = flat[: shape.numel()].view(shape)
+    if len(shape) <= 2:
         return [view]
     return list(view) if parameter.matrix_view == "stack" else [view.flatten(1)]
 
@@ -150,64 +149,3 @@ def offsets(wrapper: Any, group: int) -> list[int]:
         return known[group]
     sizes = [parameter.numel() for parameter in buffer_order(wrapper)[group]]
     return [sum(sizes[:index]) for index in range(len(sizes))]
-
-
-def replay(weights: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor], grad: torch.Tensor, case, wrapper, group):
-    """One unsharded reference step on the gathered buffers, weight by weight, in place."""
-    settings = wrapper.optimizer.param_groups[group]
-    for parameter, start in zip(buffer_order(wrapper)[group], offsets(wrapper, group), strict=True):
-        pieces = [logical_matrices(parameter, flat[start:]) for flat in (weights, grad, *moments)]
-        decay = settings["weight_decay"] if parameter.dim() > 1 else 0.0
-        for w, g, m, v in zip(*pieces, strict=True):
-            merit_step(w, g, m, v, lr=settings["lr"], betas=settings["betas"], eps=settings["eps"], weight_decay=decay)
-
-
-def check_case(case: Case) -> dict[str, Any]:
-    """Train a few steps; after each, the gathered weights and moments equal the unsharded replay's, bit for bit."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = Shapes()
-    accumulation = case.extra.get("gradient_accumulation_steps", 1)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.groups(case.groups), config=case.config(accumulation)
-    )
-    wrapper = engine.optimizer
-    recorder = Recorder(wrapper.optimizer)
-    weights = [gather(flat.detach()) for flat in flat_partitions(wrapper)]
-    start = [flat.clone() for flat in weights]
-    moments = [(torch.zeros_like(flat), torch.zeros_like(flat)) for flat in weights]
-    try:
-        for step in range(STEPS):
-            for micro in range(accumulation):
-                engine.backward(engine(10 * step + micro, rank))
-                engine.step()
-            grads, recorder.grads = recorder.grads, []
-            for group, flat in enumerate(flat_partitions(wrapper)):
-                replay(weights[group], moments[group], gather(grads[group]), case, wrapper, group)
-                state = wrapper.optimizer.state[flat]
-                for sharded, expected in zip(
-                    (flat.detach(), state["exp_avg"], state["exp_avg_sq"]),
-                    (weights[group], *moments[group]),
-                    strict=True,
-                ):
-                    assert torch.equal(gather(sharded), expected), f"{case.name}: group {group}, step {step}"
-                assert state["step"] == wrapper.optimizer.param_groups[group]["step"] == step + 1
-    finally:
-        recorder.close()
-    for before, after in zip(start, weights, strict=True):
-        assert not torch.equal(before, after), f"{case.name}: the weights did not move"
-    model_values = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
-    engine.destroy()
-    return {
-        "name": case.name,
-        "world": world,
-        "wrapper": type(wrapper).__name__,
-        "calls": recorder.calls,
-        "collectives": recorder.collectives,
-        "empty": [not shard_has_weights(wrapper.optimizer, flat) for flat in flat_partitions(wrapper)],
-        "weights": model_values,
-    }
-
-
-def shard_has_weights(optimizer: Any, flat: torch.Tensor) -> bool:
-    layout = optimizer._bound[flat].layout
-    return bool(layout.cut or layout.whole)

@@ -70,6 +70,8 @@ def accumulate(
         g = g.float()
         m.mul_(hyper.beta1).add_(g * (1 - hyper.beta1))
         v.mul_(hyper.beta2).add_((g * g).mul_(1 - hyper.beta2))
+        if not fragment.matrix.scaled:
+            continue
         w = w.float()
         magnitudes = torch.stack((w, _update(w, m, v, hyper))).abs_()
         if fragment.matrix.is_vector:
@@ -94,7 +96,8 @@ def apply(
         w, m, v = (_view(tensor, tile) for tensor in (weight, exp_avg, exp_avg_sq))
         w32 = w.float()
         update = _update(w32, m, v, hyper)
-        update.mul_(_whole_ratio(maxima) if fragment.matrix.is_vector else _element_ratio(maxima, tile))
+        if fragment.matrix.scaled:
+            update.mul_(_whole_ratio(maxima) if fragment.matrix.is_vector else _element_ratio(maxima, tile))
         if hyper.clip is not None:
             update.clamp_(-hyper.clip, hyper.clip)
         w.copy_(w32 - update.mul_(hyper.lr))

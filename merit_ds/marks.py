@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions to MERIT's rules, set as attributes on a model's parameters before the optimizer is constructed.
+
+An attribute reaches the optimizer by every way in, DeepSpeed's JSON too, where names are long lost.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+
+def mark_parameters(
+    model: torch.nn.Module, *, no_weight_decay: Sequence[str] = (), no_trust_ratio: Sequence[str] = ()
+) -> None:
+    """Exempt parameters from weight decay, or from the trust ratio (s = 1), by patterns of their names.
+
+    Args:
+        model: whose `named_parameters` are meant.
+        no_weight_decay, no_trust_ratio: shell patterns, for instance "*.bias" or "embedding.*".
+
+    Raises:
+        ValueError: a pattern matches no parameter; nothing has been marked.
+    """
+    named = dict(model.named_parameters())
+    marks = {"no_weight_decay": no_weight_decay, "no_trust_ratio": no_trust_ratio}
+    for mark, patterns in marks.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                one = next(iter(named), None)
+                raise ValueError(f"mark_parameters: no parameter matches {mark}={pattern!r}; one is {one!r}")
+    for mark, patterns in marks.items():
+        for name, parameter in named.items():
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                setattr(parameter, mark, True)
+
+
+def split_qkv(model: torch.nn.Module) -> list[str]:
+    """Have MERIT see each fused QKV weight of a Megatron-core model as three matrices; the paper's default is one.
+
+    The rows alternate by query group: the group's query heads, one key head, one value head.
+
+    Args:
+        model: with Megatron-core's `SelfAttention` modules, tensor-parallel or not.
+
+    Returns:
+        The names of the weights that were marked.
+
+    Raises:
+        ValueError: the model has none, or one whose rows are not those; nothing has been marked.
+    """
+    views: dict[str, tuple[torch.Tensor, tuple[str, int, int]]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(getattr(module, "linear_qkv", None), "weight", None)
+        if weight is None:
+            continue
+        head = module.hidden_size_per_attention_head
+        query = module.num_attention_heads_per_partition // module.num_query_groups_per_partition * head
+        groups = module.num_query_groups_per_partition
+        name = f"{name}.linear_qkv.weight"
+        if weight.shape[0] != groups * (query + 2 * head):
+            raise ValueError(
+                f"split_qkv: {name} has {weight.shape[0]} rows, but {groups} query groups of {query} + {head} + {head} "
+                f"rows (query, key, value) have {groups * (query + 2 * head)}"
+            )
+        views[name] = (weight, ("qkv", query, head))
+    if not views:
+        raise ValueError("split_qkv: the model has no linear_qkv, as Megatron-core's SelfAttention has")
+    for weight, view in views.values():
+        weight.matrix_view = view  # type: ignore[attr-defined]
+    return list(views)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole sharded step against a numpy oracle, for random weights, views, tensor-parallel splits and partitions.
+
+All ranks live in this process. What they hold, hand in and take back is the package's own code; only the two
+all-reduces are a maximum over the ranks' buffers here. Real process groups: tests/test_collectives.py and others.
+"""
+
+from dataclasses import dataclass
+from math import inf, nan
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import numpy_step
+
+import merit_ds.megatron
+from merit_ds.layout import ShardLayout
+from merit_ds.ops import Hyper
+from merit_ds.shard import Shard, logical_matrices
+from merit_ds.step import Task, _pieces, _Round
+
+SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, inf, -inf, nan)
+SETTINGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter before it is split over `tensor_parallel` ranks along `axis`."""
+
+    shape: tuple[int, ...]
+    view: object = None
+    axis: int | None = None
+    decayed: bool = True
+    scaled: bool = True
+
+    def parts(self, array: np.ndarray, tensor_parallel: int) -> list[np.ndarray]:
+        return [array] * tensor_parallel if self.axis is None else np.split(array, tensor_parallel, self.axis)
+
+    def matrices(self, array: np.ndarray) -> list[np.ndarray]:
+        """What MERIT sees, from an array of the whole shape."""
+        if self.view == "stack":
+            return list(array)
+        if self.view == "flatten":
+            return [array.reshape(len(array), -1)]
+        if self.view is None:
+            return [array]
+        _, query, head = self.view
+        groups = array.reshape(-1, query + 2 * head, array.shape[1])
+        parts = np.split(groups, [query, query + head], axis=1)
+        return [part.reshape(-1, array.shape[1]) for part in parts]
+
+    def parameter(self, part: np.ndarray) -> torch.Tensor:
+        """What a rank's model has, with the attributes that say what it is."""
+        parameter = torch.empty(part.shape)
+        parameter.matrix_view = self.view
+        parameter.no_weight_decay, parameter.no_trust_ratio = not self.decayed, not self.scaled
+        parameter.tensor_model_parallel, parameter.partition_dim = self.axis is not None, self.axis
+        return parameter
+
+
+@st.composite
+def weights(draw, tensor_parallel):
+    kind = draw(st.sampled_from(["vector", "matrix", "matrix", "stack", "flatten", "qkv"]))
+    marks = {"decayed": draw(st.integers(0, 4)) > 0, "scaled": draw(st.integers(0, 4)) > 0}
+    size = st.integers(1, 5)
+    if kind == "vector":
+        axis = draw(st.sampled_from([None, 0]))
+        return Weight((draw(size) * (1 if axis is None else tensor_parallel),), axis=axis, **marks)
+    if kind == "matrix":
+        axis = draw(st.sampled_from([None, 0, 1]))
+        shape = [draw(size) * (tensor_parallel if each == axis else 1) for each in (0, 1)]
+        return Weight(tuple(shape), axis=axis, **marks)
+    if kind == "qkv":
+        axis = draw(st.sampled_from([None, 0]))
+        query, head = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+        groups = draw(st.integers(1, 2)) * (1 if axis is None else tensor_parallel)
+        return Weight((groups * (query + 2 * head), draw(size)), ("qkv", query, head), axis, **marks)
+    shape = tuple(draw(st.integers(1, 3)) for _ in range(3))
+    return Weight(shape, kind, **marks)
+
+
+@st.composite
+def jobs(draw):
+    """Weights, the tensor-parallel ranks that split them, where data-parallel ranks cut each one's buffer, values."""
+    tensor_parallel = draw(st.sampled_from([1, 1, 2, 4]))
+    found = draw(st.lists(weights(tensor_parallel), min_size=1, max_size=4))
+    length = sum(weight.parts(np.zeros(weight.shape), tensor_parallel)[0].size for weight in found)
+    inner = draw(st.lists(st.integers(0, length), max_size=4))
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    total = sum(int(np.prod(weight.shape)) for weight in found)
+    values = random.standard_normal((4, total)).astype(np.float32)
+    values[3] = np.abs(values[3])
+    for _ in range(draw(st.integers(0, 4))):
+        values[random.integers(3), random.integers(total)] = SPECIAL[random.integers(len(SPECIAL))]
+    if draw(st.integers(0, 5)) == 0:
+        values[:, : total // 2] = 0
+    return found, tensor_parallel, [0, *sorted(inner), length], values
+
+
+def expected_of(found, values):
+    """The oracle's weights and moments, [3, total]."""
+    result = values[[0, 2, 3]].copy()
+    begin = 0
+    for weight in found:
+        places = np.arange(begin, begin + int(np.prod(weight.shape))).reshape(weight.shape)
+        begin += places.size
+        for ids in weight.matrices(places):
+            vector = ids.ndim == 1
+            decay = 0.1 if weight.decayed and not vector else 0.0
+            stepped = numpy_step(*values[:, ids], **SETTINGS, weight_decay=decay, scaled=weight.scaled)
+            for row, part in zip(result, stepped, strict=True):
+                row[ids] = part
+    return result
+
+
+class Rank:
+    """One rank's step, stopped at its exchanges."""
+
+    def __init__(self, matrices, ids, values, bounds, index):
+        self.ids = ids[bounds[index] : bounds[index + 1]]
+        self.slices = [torch.from_numpy(part[self.ids]) for part in values]
+        layout = ShardLayout.build(matrices, bounds=bounds, rank=index)
+        hyper = Hyper(0.1, 0.9, 0.95, 1e-6, 0.1, 1.0, False)
+        bare = Hyper(0.1, 0.9, 0.95, 1e-6, 0.0, 1.0, False)
+        shard = Shard(self.slices[0], layout, tuple(matrices), wrapper="none")
+        task = Task(shard, *self.slices, hyper, bare, decay_vectors=False)
+        self.data, self.tensor = (_Round([shard], groups=[None], sizes=[1]) for _ in range(2))
+        self.data.slots = [torch.zeros(2, layout.exchange_size)]
+        self.tensor.slots = [torch.zeros(2, layout.tensor_exchange_size)]
+        self.cut, self.split, self.alone = _pieces([task], self.data, self.tensor)
+
+
+def reduce(rounds):
+    """The all-reduce MAX of one process group."""
+    for each in rounds:
+        each.start()
+    bits = torch.stack([each.slots[0].view(torch.int32) & 0x7FFFFFFF for each in rounds])
+    for each in rounds:
+        each.slots[0].view(torch.int32).copy_(bits.amax(0))
+        each.wait()
+
+
+def buffer(found, tensor_parallel, index):
+    """One tensor-parallel rank's logical matrices, and for each element of its flat buffer its place in the whole."""
+    matrices, ids, begin, start = [], [], 0, 0
+    for weight in found:
+        places = np.arange(begin, begin + int(np.prod(weight.shape))).reshape(weight.shape)
+        begin += places.size
+        part = weight.parts(places, tensor_parallel)[index]
+        matrices += logical_matrices(weight.parameter(part), {}, start=start)
+        start += part.size
+        ids.append(part.ravel())
+    return matrices, np.concatenate(ids)
+
+
+def stepped(found, tensor_parallel, bounds, values):
+    """Weights and moments after the ranks' step, [3, total]; every element was written by some rank."""
+    columns = []
+    for index in range(tensor_parallel):
+        matrices, ids = buffer(found, tensor_parallel, index)
+        columns.append([Rank(matrices, ids, values, bounds, each) for each in range(len(bounds) - 1)])
+    ranks = [rank for column in columns for rank in column]
+    for rank in ranks:
+        for piece in (*rank.cut, *rank.split):
+            piece.accumulate()
+    for column in columns:
+        reduce([rank.data for rank in column])
+    for peers in zip(*columns, strict=True):
+        reduce([rank.tensor for rank in peers])
+    result = np.full((3, values.shape[1]), np.float32(-7))
+    for rank in ranks:
+        for piece in rank.alone:
+            piece.accumulate()
+        for piece in (*rank.cut, *rank.split, *rank.alone):
+            piece.apply()
+        ours, there = np.stack([rank.slices[part].numpy() for part in (0, 2, 3)]), result[:, rank.ids]
+        fits = (there == -7) | (there == ours) | (np.isnan(there) & np.isnan(ours))
+        assert fits.all(), "copies of a replicated weight have come apart"
+        result[:, rank.ids] = ours
+    return result
+
+
+def check(job):
+    found, tensor_parallel, bounds, values = job
+    ours, expected = stepped(found, tensor_parallel, bounds, values), expected_of(found, values)
+    same = (ours.view(np.int32) == expected.view(np.int32)) | (np.isnan(ours) & np.isnan(expected))
+    assert same.all(), f"{np.argwhere(~same)[:5].tolist()}: {ours[~same][:5]} is not {expected[~same][:5]}"
+
+
+@pytest.fixture(autouse=True)
+def tensor_parallel_ranks(monkeypatch):
+    """Some group, so that the parameters' attributes count; nothing talks over it here."""
+    monkeypatch.setattr(merit_ds.megatron, "tensor_parallel_group", object)
+
+
+@settings(max_examples=300, deadline=None)
+@given(jobs())
+def test_sharded_step_is_the_unsharded_one(job):
+    check(job)
+
+
+@pytest.mark.full
+@settings(max_examples=5000, deadline=None)
+@given(jobs())
+def test_sharded_step_is_the_unsharded_one_thousands(job):
+    check(job)
