@@ -1,5 +1,6 @@
 # make train   pre-train a small GPT with Merit under ZeRO-2 on this machine, from real text to sample text
 # make test    everything that is checked before a change lands
+# make test-full   that, and the tests marked full, with every cell of docs/sharding.md, which it writes anew
 # RANKS=1 make train, PYTHON=python3.12 make test, ... change the defaults below.
 PYTHON ?= python3
 RANKS ?= 2

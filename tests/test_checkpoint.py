@@ -15,12 +15,15 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from engine_state import message, on_rank_zero
 from ranks import run_ranks
 
-from merit_ds.errors import InputError
-from merit_ds.training import checkpoint
-from merit_ds.training.checkpoint import UNFINISHED, find_checkpoint, load_checkpoint, save_checkpoint
+from merit_ds import Merit
+from merit_ds.training import checkpoint, checkpoint_folder
+from merit_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from merit_ds.training.checkpoint_folder import UNFINISHED
 from merit_ds.training.manifest import MANIFEST
+from merit_ds.training.universal import make_universal
 
 MODEL = {"hidden_size": 17, "num_layers": 2}
 
@@ -54,21 +57,6 @@ def weights(engine: Any) -> torch.Tensor:
 
 def save(engine: Any, folder: Path, step: int, *, keep: int = 2) -> Path:
     return save_checkpoint(engine, folder, step=step, model=MODEL, client_state={"tokens": 10 * step}, keep=keep)
-
-
-def message(action: Callable[[], Any]) -> str:
-    """The one line with which `action` refuses."""
-    with pytest.raises(InputError) as refused:
-        action()
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
-def on_rank_zero(action: Callable[[], Any]) -> None:
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        action()
-    torch.distributed.barrier()
 
 
 def die_within_a_shard(rank: int, folder: Path) -> None:
@@ -110,7 +98,7 @@ def check_every_moment(engine: Any, root: Path) -> None:
 
         return copy_then_act
 
-    acts = ((checkpoint, "write_manifest"), (Path, "rename"), (checkpoint, "write_text"), (shutil, "rmtree"))
+    acts = ((checkpoint_folder, "write_manifest"), (Path, "rename"), (checkpoint, "write_text"), (shutil, "rmtree"))
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in acts if torch.distributed.get_rank() == 0 else ():
             patch.setattr(owner, name, copying(getattr(owner, name)))
@@ -231,7 +219,7 @@ def check_other_runs(engine: Any, root: Path) -> None:
         (engine, wider, "saved with hidden_size 17, this run has 34"),
         (build(stage=0), MODEL, "saved with wrapper DeepSpeedZeroOptimizer, this run has AdamW; set zero_optim"),
         (build(bf16=True), MODEL, "saved with precision fp32, this run has bf16"),
-        (build(optimizer=torch.optim.SGD), MODEL, "saved with optimizer AdamW, this run has SGD"),
+        (build(optimizer=Merit), MODEL, "saved with optimizer AdamW, this run has Merit"),
     ):
         untouched = weights(other)
         assert line in message(lambda other=other, model=model: load_checkpoint(other, folder, model=model))
@@ -262,8 +250,17 @@ def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_a_state_that_cannot_be_saved(engine, root)
 
 
-def load_alone(rank: int, folder: Path) -> str:
-    return message(lambda: load_checkpoint(build(), folder, model=MODEL))
+def load_alone(rank: int, folder: Path) -> None:
+    """On another number of ranks: refused until it is converted, and again where the converted one is damaged."""
+    engine = build(seed=1)
+    refusal = message(lambda: load_checkpoint(engine, folder, model=MODEL))
+    command = f"python -m merit_ds.training.universal {folder}"
+    assert f"saved with ranks 2, this run has 1; convert it by {command}, or start as many as before" in refusal
+    universal = make_universal(folder)
+    assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 20}
+    assert torch.equal(weights(engine), torch.load(folder / "weights.pt"))
+    damage(universal / "zero" / "0.weight" / "exp_avg.pt", "truncated")
+    assert message(lambda: load_checkpoint(build(), folder, model=MODEL)) == refusal
 
 
 def test_save_find_and_load(tmp_path: Path) -> None:
@@ -276,8 +273,8 @@ def test_save_find_and_load(tmp_path: Path) -> None:
     run_ranks(2, all_cases, tmp_path, killed)
     folder = tmp_path / "resume"
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert "saved with ranks 2, this run has 1; start it on" in run_ranks(1, load_alone, folder)[0]
-    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run_ranks(1, load_alone, folder)
+    assert all(path.read_bytes() == content for path, content in files.items())
     assert not any(UNFINISHED.encode() in content for content in files.values())
     assert json.loads((folder / "global_step2" / MANIFEST).read_text())["model"] == MODEL
     # DeepSpeed's own tool follows our `latest`.

@@ -65,6 +65,9 @@ def test_overrides_win_and_the_last_one_most(tmp_path: Path) -> None:
         ("run.train_tokens=1.5", r"run\.train_tokens: .*integer.*1\.5"),
         ("model.num_layers=0", r"model\.num_layers: .*greater than 0"),
         ("model.num_attention_heads=5", "num_attention_heads 5 does not divide hidden_size 64"),
+        ("model.tensor_parallel=3", "tensor_parallel 3 does not divide num_attention_heads 4"),
+        ("model.tensor_parallel=0", r"model\.tensor_parallel: .*greater than 0"),
+        ("model.sequence_parallel=true", "sequence_parallel needs tensor_parallel above 1"),
         ("model.activation_checkpointing=1", r"model\.activation_checkpointing: .*boolean"),
         ("data.tokenizer=bpe", r"data\.tokenizer: .*'gpt2' or 'byte'"),
         ("run.seed", "write it as section.key=value"),
@@ -74,6 +77,13 @@ def test_overrides_win_and_the_last_one_most(tmp_path: Path) -> None:
 )
 def test_a_bad_value_gets_one_line_that_names_it(tmp_path: Path, override: str, message: str) -> None:
     assert re.search(message, refusal(write(tmp_path), override))
+
+
+def test_a_sequence_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    split = ["model.tensor_parallel=4", "model.sequence_parallel=true"]
+    assert load_config(write(tmp_path), overrides=split).model.tensor_parallel == 4
+    message = refusal(write(tmp_path), *split, "model.seq_length=30")
+    assert "tensor_parallel 4 does not divide seq_length 30, as sequence_parallel needs" in message
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import torch
 from alone import megatron_alone
-from ranks import free_port
+from launch import PORT, assert_same_run, command, environment, losses, metrics, prepare_text, run, shards
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from merit_ds.training.config import load_config
@@ -22,8 +21,6 @@ from merit_ds.training.dataset import open_datasets
 from merit_ds.training.model import build_model
 from merit_ds.training.tokenizer import build_tokenizer
 
-REPOSITORY = Path(__file__).parent.parent
-PORT = free_port()
 STEPS = 40
 RECIPE = """
 model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}
@@ -59,33 +56,12 @@ def folder(tmp_path_factory):
     (path / "recipe.yaml").write_text(RECIPE)
     for name, changes in WRAPPERS.items():
         write_deepspeed(path / f"{name}.json", **changes)
-    text = str(REPOSITORY / "LICENSE")
-    command = ["-m", "merit_ds.training.data", "text", text, "--output", "data", "--tokenizer", "byte"]
-    subprocess.run([sys.executable, *command, "--blank-lines", "--valid-fraction", "0.2"], cwd=path, check=True)
+    prepare_text(path)
     return path
 
 
 def write_deepspeed(path, **changes):
     path.write_text(json.dumps(DEEPSPEED | changes))
-
-
-def command(*arguments, ranks=2):
-    script = [str(REPOSITORY / "pretrain_gpt.py"), "--config", "recipe.yaml", *arguments]
-    if ranks == 0:
-        return [sys.executable, *script]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(PORT), *script]
-
-
-def environment():
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-
-
-def run(folder, *arguments, ranks=2):
-    """Run to the end; returns the finished process with its output as text."""
-    return subprocess.run(
-        command(*arguments, ranks=ranks), cwd=folder, env=environment(), text=True, capture_output=True, timeout=300
-    )
 
 
 def run_until(folder, save, iteration, act, *arguments):
@@ -108,44 +84,6 @@ def run_until(folder, save, iteration, act, *arguments):
     output = process.communicate(timeout=120)[0]
     psutil.wait_procs(family, timeout=60)
     return output
-
-
-def metrics(save):
-    path = save / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def losses(save):
-    """iteration -> training loss, as rank 0 wrote them."""
-    return {row["iteration"]: row["loss"] for row in metrics(save) if "loss" in row}
-
-
-def shards(save):
-    """Every tensor of the newest checkpoint, by file and path within it."""
-    found = {}
-
-    def walk(name, value):
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}/{key}", inner)
-        elif isinstance(value, (list, tuple)):
-            for index, inner in enumerate(value):
-                walk(f"{name}/{index}", inner)
-
-    for path in sorted((save / (save / "latest").read_text()).glob("*.pt")):
-        walk(path.name, torch.load(path, weights_only=False))
-    return found
-
-
-def assert_same_run(ours, reference):
-    """Bitwise: every loss, and every tensor of the last checkpoint, weights and optimizer state alike."""
-    assert losses(ours) == losses(reference)
-    expected, found = shards(reference), shards(ours)
-    assert found.keys() == expected.keys()
-    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
-    assert not different
 
 
 @pytest.fixture(scope="module")

@@ -58,16 +58,16 @@ def test_every_batch_fits_or_the_proposals_do(batch: int, micro: int, ranks: int
         plan_batch(sizes(int(size), micro), ranks=ranks)
     for size in re.findall(r"train_micro_batch_size_per_gpu (\d+)", proposals):
         plan_batch(sizes(batch, int(size)), ranks=ranks)
-    for count in re.findall(r"(\d+) ranks?$", proposals):
+    for count in re.findall(r"(\d+) data-parallel ranks?$", proposals):
         plan_batch(sizes(batch, micro), ranks=int(count))
 
 
 def test_a_batch_that_does_not_fit_is_explained() -> None:
     assert refusal(plan_batch, sizes(1000, 16), ranks=8) == (
-        "train_batch_size 1000 is no multiple of train_micro_batch_size_per_gpu 16 x 8 ranks = 128; "
+        "train_batch_size 1000 is no multiple of train_micro_batch_size_per_gpu 16 x 8 data-parallel ranks = 128; "
         "the nearest that fit: train_batch_size 896 or 1024, or train_micro_batch_size_per_gpu 5"
     )
-    assert refusal(plan_batch, sizes(48, 16), ranks=4).endswith("per_gpu 12, or 3 ranks")
+    assert refusal(plan_batch, sizes(48, 16), ranks=4).endswith("per_gpu 12, or 3 data-parallel ranks")
 
 
 @pytest.mark.parametrize("bad", [0, -4, 2.5, "auto", True, None])
@@ -79,7 +79,10 @@ def test_sizes_are_positive_integers(bad: object) -> None:
 def test_a_missing_size_and_a_contradicting_accumulation_are_named() -> None:
     assert "train_micro_batch_size_per_gpu is missing" in refusal(plan_batch, {"train_batch_size": 8}, ranks=1)
     message = refusal(plan_batch, sizes(64, 4, gradient_accumulation_steps=2), ranks=2)
-    assert message.startswith("gradient_accumulation_steps is 2, but") and "= 8; leave the key out" in message
+    assert (
+        message.startswith("gradient_accumulation_steps is 2, but")
+        and "2 data-parallel ranks = 8; leave the key out" in message
+    )
 
 
 def test_a_schedule_of_another_length_is_refused_with_both_numbers() -> None:

@@ -6,16 +6,19 @@ Its `latest` is no commit marker, though: rank 0 writes it while other ranks may
 1. the shards go into a folder with a temporary name, and every rank agrees that all are written;
 2. every rank flushes and hashes its share of the files; rank 0 writes them into `manifest.json`;
 3. rank 0 renames the folder to `global_step{N}`, which commits it, then replaces `latest`, then removes old ones.
-Whatever is not renamed, or does not match its manifest, is no checkpoint. DeepSpeed's files are pickles, which may run
-code when loaded: the hashes are compared first, and tell damage, not malice. Load only checkpoints that you trust.
+Whatever is not renamed, or does not match its manifest, is no checkpoint.
+
+ZeRO's shards fit the number of ranks that saved them. `merit_ds.training.universal` makes a checkpoint of them that
+fits any number, and its manifest says so: loading takes either kind, whatever `checkpoint.load_universal` says.
+
+DeepSpeed's files are pickles, which may run code when loaded: the hashes are compared first, and tell damage, not
+malice. Load only checkpoints that you trust.
 """
 
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +26,34 @@ import torch.distributed as dist
 
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import from_rank_zero, together
-from merit_ds.training.manifest import (
-    Manifest,
-    find_damage,
-    fingerprint,
-    read_manifest,
-    sync,
-    write_manifest,
-    write_text,
+from merit_ds.training.checkpoint_folder import (
+    UNFINISHED,
+    Checkpoint,
+    begin,
+    commit,
+    file_names,
+    flush_and_hash,
+    next_sequence,
+    read_checkpoints,
+    remove_old,
 )
+from merit_ds.training.manifest import Manifest, find_damage, write_text
+from merit_ds.training.resharding import load_universal, universal_info
 
-UNFINISHED = "unfinished_checkpoint"
-"""The one temporary name: a checkpoint that is being written, or one that is being removed."""
 CLIENT_STATE = "merit_ds"
 """The key of the trainer's state within DeepSpeed's, which has keys of its own beside it."""
+CONVERT = "convert it by python -m merit_ds.training.universal {folder}, or start as many as before"
 ADVICE = {
-    "ranks": "start it on as many ranks as before",
+    "ranks": CONVERT,
+    "tensor_parallel": CONVERT,
     "precision": "set bf16 and fp16 in the DeepSpeed JSON as they were",
     "optimizer": "set optimizer.type in the DeepSpeed JSON as it was",
     "wrapper": "set zero_optimization.stage (1 and 2 may be exchanged) and grad_accum_dtype as they were",
+    "scheduler": "keep scheduler in the DeepSpeed JSON, or out of it, as it was",
 }
 """What to do where a run's set-up is not the checkpoint's."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on the disk."""
-
-    path: Path
-    manifest: Manifest
 
 
 def save_checkpoint(
@@ -80,22 +80,22 @@ def save_checkpoint(
     if engine.use_node_local_storage():
         raise InputError(f"{failing}: remove checkpoint.use_node_local_storage from the DeepSpeed JSON")
     try:
-        sequence = from_rank_zero(lambda: _begin(folder), failing=failing)
+        from_rank_zero(lambda: begin(folder), failing=failing)
         together(lambda: _write_shards(engine, folder, client_state), failing=failing)
         manifest = Manifest(
-            sequence=sequence,
+            sequence=from_rank_zero(lambda: next_sequence(folder), failing=failing),
             step=step,
             zero_stage=int(engine.zero_optimization_stage()),
             setup=_setup(engine),
             model=model,
-            files=_flush_and_hash(folder / UNFINISHED, failing=failing),
+            files=_hash_shares(folder / UNFINISHED, failing=failing),
         )
         path = from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
     except InputError:
         if dist.get_rank() == 0:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         raise
-    from_rank_zero(lambda: _remove_old(folder, keep=keep), failing=f"{folder}: cannot remove old checkpoints")
+    from_rank_zero(lambda: remove_old(folder, keep=keep), failing=f"{folder}: cannot remove old checkpoints")
     return path
 
 
@@ -109,7 +109,7 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         InputError: there are checkpoints, but none is complete.
     """
     failing = f"{folder}: cannot look for checkpoints"
-    complete, problems = from_rank_zero(lambda: _read_manifests(folder), failing=failing)
+    complete, problems = from_rank_zero(lambda: read_checkpoints(folder), failing=failing)
     for checkpoint in complete:
         damage = _find_damage(checkpoint)
         if damage is None:
@@ -131,7 +131,8 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
     """Load the newest complete checkpoint into the engine. A collective; the files stay as they are.
 
     Args:
-        engine: the DeepSpeed engine, set up as when the checkpoint was saved.
+        engine: the DeepSpeed engine, set up as when the checkpoint was saved. ZeRO stages 1 and 2 load each other's
+            checkpoints; the number of ranks may be another where the checkpoint is universal, or of stage 0.
         folder: the run's checkpoint folder.
         model: as given to `save_checkpoint`.
 
@@ -149,24 +150,14 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
     states: dict[str, Any] = {}
 
     def load() -> None:
-        states.update(engine.load_checkpoint(str(folder), tag=checkpoint.path.name)[1])
+        states.update(_load(engine, checkpoint))
 
     together(load, failing=f"{checkpoint.path}: cannot load it")
     return dict(states[CLIENT_STATE])
 
 
-def _begin(folder: Path) -> int:
-    """Make an empty folder under the temporary name; the new checkpoint's sequence number."""
-    unfinished = folder / UNFINISHED
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
-    complete, _ = _read_manifests(folder)
-    return 1 + max((checkpoint.manifest.sequence for checkpoint in complete), default=0)
-
-
 def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
-    state = {CLIENT_STATE: client_state}
+    state = {CLIENT_STATE: client_state} | universal_info(engine.module)
     try:
         engine.save_checkpoint(str(folder), tag=UNFINISHED, client_state=state, save_latest=False)
     except Exception:
@@ -175,58 +166,30 @@ def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> No
         raise
 
 
-def _flush_and_hash(unfinished: Path, *, failing: str) -> dict[str, tuple[int, str]]:
+def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    engine._config.load_universal_checkpoint = checkpoint.manifest.universal
+    if checkpoint.manifest.universal:
+        state = load_universal(engine, checkpoint.path)
+    else:
+        state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)[1]
+    if engine.lr_scheduler is not None:
+        # Its position has been restored. The learning rates are the optimizer's, and not in an elastic checkpoint.
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
+    return state
+
+
+def _hash_shares(unfinished: Path, *, failing: str) -> dict[str, tuple[int, str]]:
     """Every file's size and sha256; each rank reads a share of the files, and flushes it to the disk first."""
-    names = from_rank_zero(
-        lambda: sorted(str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()),
-        failing=failing,
-    )
+    names = from_rank_zero(lambda: file_names(unfinished), failing=failing)
     share = names[dist.get_rank() :: dist.get_world_size()]
-
-    def flush_and_hash() -> dict[str, tuple[int, str]]:
-        for name in share:
-            sync(unfinished / name)
-        return {name: fingerprint(unfinished / name) for name in share}
-
-    parts = together(flush_and_hash, failing=failing)
+    parts = together(lambda: flush_and_hash(unfinished, share), failing=failing)
     return {name: part[name] for name in names for part in parts if name in part}
 
 
 def _commit(folder: Path, manifest: Manifest) -> Path:
-    write_manifest(folder / UNFINISHED, manifest)
-    path = next(path for path in _names(folder, manifest.step) if not path.exists())
-    (folder / UNFINISHED).rename(path)
-    sync(folder)
+    path = commit(folder, folder / UNFINISHED, manifest)
     write_text(folder / "latest", path.name)
     return path
-
-
-def _names(folder: Path, step: int) -> Iterator[Path]:
-    """A name that is taken, by a damaged checkpoint or by an earlier run's, is never reused."""
-    yield folder / f"global_step{step}"
-    for number in itertools.count(2):
-        yield folder / f"global_step{step}_{number}"
-
-
-def _remove_old(folder: Path, *, keep: int) -> None:
-    try:
-        for checkpoint in _read_manifests(folder)[0][keep:]:
-            # Renamed first: a kill half-way must not leave half a checkpoint under a complete one's name.
-            checkpoint.path.rename(folder / UNFINISHED)
-            shutil.rmtree(folder / UNFINISHED)
-    except OSError as error:
-        logger.warning("%s: cannot remove an old checkpoint: %s", error.filename, error.strerror)
-
-
-def _read_manifests(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Checkpoints with a sound manifest, the newest first, and a line for each that has none."""
-    checkpoints, problems = [], []
-    for path in sorted(folder.glob("global_step*/")):
-        try:
-            checkpoints.append(Checkpoint(path, read_manifest(path)))
-        except ValueError as error:
-            problems.append(str(error))
-    return sorted(checkpoints, key=lambda checkpoint: checkpoint.manifest.sequence, reverse=True), problems
 
 
 def _find_damage(checkpoint: Checkpoint) -> str | None:
@@ -248,21 +211,24 @@ def _warn(problems: list[str]) -> None:
 def _setup(engine: Any) -> dict[str, Any]:
     return {
         "ranks": dist.get_world_size(),
+        "tensor_parallel": int(engine.mp_world_size),
         "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         "optimizer": type(engine.basic_optimizer).__name__,
         "wrapper": type(engine.optimizer).__name__,
+        "scheduler": engine.lr_scheduler is not None,
     }
 
 
 def _check_fit(checkpoint: Checkpoint, engine: Any, model: dict[str, Any]) -> None:
     """Compare what DeepSpeed would find out half-way through loading, or never."""
-    saved = checkpoint.manifest
+    saved, setup = checkpoint.manifest, _setup(engine)
+    free = {"ranks", "tensor_parallel"} if saved.universal else {"ranks"} if saved.zero_stage == 0 else set()
     # Through JSON and back, as the saved ones went: a tuple comes back as a list.
-    for there, here in ((saved.model, model), (saved.setup, _setup(engine))):
+    for there, here in ((saved.model, model), (saved.setup, setup)):
         here = json.loads(json.dumps(here))
         for key in [*there, *(key for key in here if key not in there)]:
-            if there.get(key) != here.get(key):
-                advice = ADVICE.get(key, "use the recipe that it was saved with")
+            if key not in free and there.get(key) != here.get(key):
+                advice = ADVICE.get(key, "use the recipe that it was saved with").format(folder=checkpoint.path.parent)
                 raise InputError(
                     f"{checkpoint.path}: saved with {key} {there.get(key)}, this run has {here.get(key)}; {advice}"
                 )

@@ -34,12 +34,29 @@ class ModelConfig(Section):
     activation_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward pass instead of keeping its activations"
     )
+    tensor_parallel: int = Field(
+        default=1, gt=0, description="ranks that share each layer; must divide num_attention_heads and the ranks"
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="these ranks also split the sequence where layers are whole: norms and residuals"
+    )
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelConfig":
+    def _sizes_divide(self) -> "ModelConfig":
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} does not divide num_attention_heads {self.num_attention_heads}"
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError("sequence_parallel needs tensor_parallel above 1: it divides the positions by it")
+        if self.sequence_parallel and self.seq_length % self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} does not divide seq_length {self.seq_length}, "
+                "as sequence_parallel needs"
             )
         return self
 

@@ -3,6 +3,7 @@
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from merit_ds.training.dataset import Sequences, micro_batches
 
@@ -15,12 +16,17 @@ def validation_loss(
 
     Args:
         model: as `build_model` returns it; it is left in training mode.
-        dataset: validation sequences, split over the ranks, each counted once.
+        dataset: validation sequences, split over the data-parallel ranks, each counted once.
         micro_batch: sequences of one forward pass.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of tokens
     batches = micro_batches(
-        dataset, start=0, stop=sequences, micro_batch=micro_batch, rank=dist.get_rank(), world=dist.get_world_size()
+        dataset,
+        start=0,
+        stop=sequences,
+        micro_batch=micro_batch,
+        rank=parallel_state.get_data_parallel_rank(),
+        world=parallel_state.get_data_parallel_world_size(),
     )
     model.eval()
     for batch in batches:
@@ -28,5 +34,5 @@ def validation_loss(
         per_token = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         total += torch.stack([(per_token * batch["loss_mask"]).sum(), batch["loss_mask"].sum()]).double()
     model.train()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return float(total[0] / total[1])

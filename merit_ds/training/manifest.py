@@ -26,11 +26,13 @@ class Manifest:
     zero_stage: int
     """For the reader: stages 1 and 2 load each other's checkpoints, and `setup` tells them from 0."""
     setup: dict[str, Any]
-    """What decides the shards' layout: number of ranks, precision, optimizer, DeepSpeed's wrapper."""
+    """What decides the shards' layout: numbers of ranks, precision, optimizer, DeepSpeed's wrapper."""
     model: dict[str, Any]
     """The model's settings, as JSON has them."""
     files: dict[str, tuple[int, str]]
     """Path within the checkpoint to size in bytes and sha256."""
+    universal: bool = False
+    """Whether it holds whole parameters, which any number of ranks can load, in place of one run's shards."""
 
 
 def fingerprint(path: Path) -> tuple[int, str]:

@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
@@ -26,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from merit_ds.errors import InputError
 from merit_ds.training.attention import CausalAttention
 from merit_ds.training.config import ModelConfig
+from merit_ds.training.parallel import allow_sequence_parallel_on_cpu, sum_partial_gradients
 
 
 def initialise_megatron(*, seed: int, device: torch.device, tensor_parallel: int = 1) -> None:
-    """Make Megatron-core's process groups and seed its random states.
+    """Make Megatron-core's process groups and seed its random states. Tensor-parallel ranks follow one another.
 
     Args:
         seed: of torch's generators, and of Megatron-core's per-GPU states.
@@ -59,30 +59,34 @@ def padded_vocab(vocab_size: int, *, multiple: int) -> int:
 def build_model(
     model: ModelConfig, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> GPTModel:
-    """Build GPT-2 with weights that depend on `seed` alone, not on the rank, the ranks or the device.
+    """Build GPT-2 with weights that depend on `seed` alone, not on the rank, the ranks, their split or the device.
 
     `GPTModel(tokens, position_ids, None, labels=labels)`, all int64 [b, s], gives the loss of each token, float32
     [b, s]; without labels it gives the logits [b, s, rows of this rank]. The padded rows of the vocabulary take
-    part in the softmax, as in Megatron-LM; who samples from the logits must cut them off.
+    part in the softmax, as in Megatron-LM; who samples from the logits must cut them off. Tensor-parallel ranks get the
+    same losses, and after the backward pass the same gradients of the weights that they all hold.
 
     LayerNorm's bias, which Megatron-core cannot leave out, is zero and frozen.
 
     Args:
-        model: the shape.
+        model: the shape; `tensor_parallel` as given to `initialise_megatron`.
         vocab_size: tokens of the tokenizer, before padding.
         dtype: of all parameters. The initial values are drawn in float32 and rounded once.
         device: where the model ends up; "meta" allocates nothing.
         seed: of the initial weights; torch's global random state is left as it was.
 
     Raises:
-        InputError: the heads or the vocabulary do not split over the tensor-parallel ranks.
+        InputError: the vocabulary does not split over the tensor-parallel ranks.
     """
     device = torch.device(device)
     rows = padded_vocab(vocab_size, multiple=model.vocab_multiple)
-    tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-    for name, count in (("attention heads", model.num_attention_heads), ("vocabulary rows", rows)):
-        if count % tensor_parallel:
-            raise InputError(f"{count} {name} do not split over {tensor_parallel} tensor-parallel ranks")
+    if rows % model.tensor_parallel:
+        raise InputError(
+            f"model.tensor_parallel {model.tensor_parallel} does not divide the {rows} rows of the vocabulary: make "
+            "model.vocab_multiple a multiple of it"
+        )
+    if model.sequence_parallel and device.type == "cpu":
+        allow_sequence_parallel_on_cpu()
     built_on = device if device.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), built_on:
         torch.default_generator.manual_seed(seed)
@@ -97,6 +101,7 @@ def build_model(
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
+    sum_partial_gradients(gpt)
     return gpt.to(device=device, dtype=dtype)
 
 
@@ -111,6 +116,19 @@ def masked_mean(per_token: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tenso
         A float32 scalar; NaN where no token counts.
     """
     return (per_token * loss_mask).sum() / loss_mask.sum()
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's layer norm with the constructor of a Megatron-core norm.
+
+    Megatron-core's own wrapper of it refuses sequence parallelism, because the gradients need a sum over ranks: the
+    attribute says so, to `sum_partial_gradients`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class RecomputedLayer(TransformerLayer):  # type: ignore[misc]
@@ -132,7 +150,8 @@ def _transformer_config(model: ModelConfig, *, dtype: torch.dtype, device: torch
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_model_parallel_size=model.tensor_parallel,
+        sequence_parallel=model.sequence_parallel,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -155,11 +174,11 @@ def _block_spec(model: ModelConfig, *, device: torch.device) -> Any:
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec()
     layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    if device.type != "cuda":
-        # Megatron-core takes apex's or Transformer Engine's norms wherever they are installed; both need a GPU.
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
-        if model.activation_checkpointing:
-            layer.module = RecomputedLayer
+    # Megatron-core would take apex's or Transformer Engine's where installed, which need a GPU, and else one that
+    # refuses sequence parallelism.
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LayerNorm
+    if device.type != "cuda" and model.activation_checkpointing:
+        layer.module = RecomputedLayer
     return TransformerBlockSubmodules(
         layer_specs=[layer] * model.num_layers, layer_norm=layer.submodules.input_layernorm
     )

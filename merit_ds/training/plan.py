@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from merit_ds.errors import InputError
-from merit_ds.training.config import Config, RunConfig
-from merit_ds.training.deepspeed_config import place_monitors, read_deepspeed_json
+from merit_ds.training.config import Config, ModelConfig, RunConfig
+from merit_ds.training.deepspeed_config import model_dtype, place_monitors, read_deepspeed_json, section
 from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
 
 
@@ -43,7 +43,8 @@ def make_plan(config: Config) -> Plan:
     _refuse_unranked()
     ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = plan_batch(ds_config, ranks=world)
+    _check_tensor_parallel(config.model, ds_config, ranks=world)
+    batch = plan_batch(ds_config, ranks=world // config.model.tensor_parallel)
     steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
     check_scheduler(ds_config, steps=steps)
     return Plan(
@@ -65,6 +66,24 @@ def _refuse_unranked() -> None:
                 f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set: start by deepspeed or torchrun, "
                 "or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
             )
+
+
+def _check_tensor_parallel(model: ModelConfig, ds_config: dict[str, Any], *, ranks: int) -> None:
+    size = model.tensor_parallel
+    if section(ds_config, "tensor_parallel"):
+        raise InputError(
+            "tensor_parallel in the DeepSpeed JSON is DeepSpeed's own splitting, which does not know Megatron-core's "
+            "layers: set model.tensor_parallel in the recipe"
+        )
+    if ranks % size:
+        raise InputError(f"model.tensor_parallel {size} does not divide the {ranks} ranks")
+    stage = section(ds_config, "zero_optimization").get("stage", 0)
+    if size > 1 and stage == 0 and model_dtype(ds_config) != torch.float32:
+        # It takes the split weights of the first tensor-parallel rank for all, and clips by that.
+        raise InputError(
+            "zero_optimization.stage 0 with bf16 or fp16 under model.tensor_parallel: DeepSpeed's gradient norm is "
+            "wrong there; set the stage to 1 or 2"
+        )
 
 
 def continues_itself(run: RunConfig) -> bool:

@@ -10,12 +10,12 @@ from merit_ds.training.deepspeed_config import section
 
 @dataclass(frozen=True)
 class Batch:
-    """How a step's sequences are spread: global_batch = micro_batch * accumulation * ranks.
+    """How a step's sequences are spread: global_batch = micro_batch * accumulation * data-parallel ranks.
 
     Attributes:
         global_batch: sequences of one optimizer step, over all ranks.
-        micro_batch: sequences of one forward and backward on one rank.
-        accumulation: micro-batches of one step on one rank.
+        micro_batch: sequences of one forward and backward on one data-parallel rank.
+        accumulation: micro-batches of one step on one data-parallel rank.
     """
 
     global_batch: int
@@ -28,7 +28,7 @@ def plan_batch(ds_config: dict[str, Any], *, ranks: int) -> Batch:
 
     Args:
         ds_config: with `train_batch_size` and `train_micro_batch_size_per_gpu`.
-        ranks: data-parallel ranks.
+        ranks: data-parallel ranks: all ranks / model.tensor_parallel.
 
     Raises:
         InputError: a size is missing or not a positive integer; they do not fit together (the message proposes
@@ -42,8 +42,8 @@ def plan_batch(ds_config: dict[str, Any], *, ranks: int) -> Batch:
     given = ds_config.get("gradient_accumulation_steps", accumulation)
     if given != accumulation:
         raise InputError(
-            f"gradient_accumulation_steps is {given!r}, but train_batch_size {global_batch} / "
-            f"train_micro_batch_size_per_gpu {micro_batch} / {ranks} ranks = {accumulation}; leave the key out"
+            f"gradient_accumulation_steps is {given!r}, but train_batch_size {global_batch} / train_micro_batch_size_"
+            f"per_gpu {micro_batch} / {ranks} data-parallel ranks = {accumulation}; leave the key out"
         )
     return Batch(global_batch, micro_batch, accumulation)
 
@@ -113,8 +113,8 @@ def _explain_misfit(global_batch: int, micro_batch: int, ranks: int) -> str:
         choices.append(f"train_micro_batch_size_per_gpu {fitting}")
     fewer = [count for count in range(1, ranks) if global_batch % (micro_batch * count) == 0]
     if fewer:
-        choices.append(f"{fewer[-1]} rank{'s' if fewer[-1] > 1 else ''}")
+        choices.append(f"{fewer[-1]} data-parallel rank{'s' if fewer[-1] > 1 else ''}")
     return (
         f"train_batch_size {global_batch} is no multiple of train_micro_batch_size_per_gpu {micro_batch} x "
-        f"{ranks} ranks = {quantum}; the nearest that fit: {', or '.join(choices)}"
+        f"{ranks} data-parallel ranks = {quantum}; the nearest that fit: {', or '.join(choices)}"
     )

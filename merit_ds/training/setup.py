@@ -21,6 +21,7 @@ from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
 from merit_ds.training.deepspeed_config import model_dtype, section
 from merit_ds.training.model import build_model, initialise_megatron
+from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
 
@@ -58,7 +59,8 @@ def start_distributed(plan: Plan) -> None:
     check_stale_lock()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
     release_shared_memory()
-    initialise_megatron(seed=plan.config.run.seed, device=plan.device)
+    tensor_parallel = plan.config.model.tensor_parallel
+    initialise_megatron(seed=plan.config.run.seed, device=plan.device, tensor_parallel=tensor_parallel)
     run = plan.config.run
     if run.save and not continues_itself(run) and holds_checkpoints(Path(run.save)):
         # A new run would remove the older one's checkpoints, as it keeps only its newest.
@@ -107,7 +109,11 @@ def open_data(plan: Plan) -> Data:
 
 
 def build(plan: Plan, data: Data) -> torch.nn.Module:
-    """The model, with the same weights on every rank."""
+    """The model, with the same weights on every data-parallel rank.
+
+    Raises:
+        InputError: the vocabulary does not split over the tensor-parallel ranks.
+    """
     config = plan.config
     model: torch.nn.Module = build_model(
         config.model,
@@ -127,7 +133,10 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
     """
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=_parameter_groups(plan, model), config=plan.ds_config
+            model=model,
+            model_parameters=_parameter_groups(plan, model),
+            mpu=MegatronGroups() if plan.config.model.tensor_parallel > 1 else None,
+            config=plan.ds_config,
         )
     except ValidationError as error:
         first = error.errors()[0]

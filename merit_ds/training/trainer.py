@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import Agreement, agree, from_rank_zero, together
@@ -109,7 +110,7 @@ class Trainer:
                 if monitor.get("enabled"):
                     self._say(f"{name:<16} {Path(monitor['output_path']) / monitor.get('job_name', '')}")
         if self.step == self.plan.steps and self.plan.config.run.sample_tokens:
-            from_rank_zero(self._sample, failing="cannot write the sample")
+            self._sample()
         dist.barrier()
         self.engine.destroy()
         dist.destroy_process_group()
@@ -135,8 +136,8 @@ class Trainer:
             start=first,
             stop=first + batch.global_batch,
             micro_batch=batch.micro_batch,
-            rank=self.plan.rank,
-            world=self.plan.world,
+            rank=parallel_state.get_data_parallel_rank(),
+            world=parallel_state.get_data_parallel_world_size(),
         )
         signals: Agreement | None = None
         for index, samples in enumerate(micro_steps, start=1):
@@ -242,26 +243,28 @@ class Trainer:
                 )
 
     def _model_settings(self) -> dict[str, Any]:
-        """What a checkpoint fits: recomputation changes no result and is left out."""
-        settings = self.plan.config.model.model_dump(exclude={"activation_checkpointing"})
+        """What a checkpoint fits, whatever ranks share the work and whether activations are kept."""
+        unimportant = {"activation_checkpointing", "tensor_parallel", "sequence_parallel"}
+        settings = self.plan.config.model.model_dump(exclude=unimportant)
         return settings | {"vocab_size": self.data.tokenizer.vocab_size}
 
     def _sample(self) -> None:
-        """Show sample text, on rank 0 alone."""
-        run = self.plan.config.run
-        text = sample_text(
-            self.engine.module,
-            self.data.tokenizer,
-            prompt=run.sample_prompt,
-            tokens=run.sample_tokens,
-            seq_length=self.plan.config.model.seq_length,
-            device=self.plan.device,
-        )
+        """Show sample text, drawn by the ranks that share rank 0's layers."""
+        run, text = self.plan.config.run, ""
+        if parallel_state.get_data_parallel_rank() == 0:
+            text = sample_text(
+                self.engine.module,
+                self.data.tokenizer,
+                prompt=run.sample_prompt,
+                tokens=run.sample_tokens,
+                seq_length=self.plan.config.model.seq_length,
+                device=self.plan.device,
+            )
         if self._folder is not None:
             path = self._folder.path / "sample.txt"
-            path.write_text(text + "\n", encoding="utf-8")
-            print(f"sample           {path}")
-        print(f"\n{text}\n", flush=True)
+            from_rank_zero(lambda: path.write_text(text + "\n", encoding="utf-8"), failing="cannot write the sample")
+            self._say(f"sample           {path}")
+        self._say(f"\n{text}\n")
 
     def _record(self, row: dict[str, Any]) -> None:
         if self._folder is not None and self.plan.rank == 0:
@@ -292,8 +295,8 @@ class _Interval:
     def take(self) -> tuple[int, float, float]:
         """Steps, seconds, and the mean loss over steps and ranks; starts a new interval. A collective."""
         mean = self._loss / self._steps
-        dist.all_reduce(mean)
-        result = self._steps, self._seconds, float(mean) / dist.get_world_size()
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
+        result = self._steps, self._seconds, float(mean) / parallel_state.get_data_parallel_world_size()
         self._loss.zero_()
         self._steps, self._seconds = 0, 0.0
         return result
