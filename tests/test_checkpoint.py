@@ -248,10 +248,24 @@ def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_full_disk(engine, root)
     check_other_runs(engine, root)
     check_a_state_that_cannot_be_saved(engine, root)
+    save_without_zero(root / "stage_0")
+
+
+def save_without_zero(folder: Path) -> None:
+    engine = build(stage=0)
+    train(engine, range(1))
+    save(engine, folder, 1)
+    on_rank_zero(lambda: torch.save(weights(engine), folder / "weights.pt"))
 
 
 def load_alone(rank: int, folder: Path) -> None:
-    """On another number of ranks: refused until it is converted, and again where the converted one is damaged."""
+    """On another number of ranks: refused until it is converted, and again where the converted one is damaged.
+
+    Without ZeRO every rank has saved the same, and one alone can take it.
+    """
+    without_zero = build(stage=0, seed=1)
+    assert load_checkpoint(without_zero, folder.parent / "stage_0", model=MODEL) == {"tokens": 10}
+    assert torch.equal(weights(without_zero), torch.load(folder.parent / "stage_0" / "weights.pt"))
     engine = build(seed=1)
     refusal = message(lambda: load_checkpoint(engine, folder, model=MODEL))
     command = f"python -m merit_ds.training.universal {folder}"

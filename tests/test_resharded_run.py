@@ -12,6 +12,7 @@ from typing import Any
 import launch
 import pytest
 import torch
+import torch.distributed as dist
 from alone import megatron_alone
 from deepspeed.checkpoint import ds_to_universal, enable_universal_checkpoint
 from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
@@ -43,6 +44,7 @@ DEEPSPEED = {
 }
 ZERO1, ZERO2 = {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}}
 BF16 = {"bf16": {"enabled": True}}
+KINDS = {"data": (ZERO1, Split()), "tensor": (ZERO2 | BF16, Split(2, sequence=True))}
 HOPS = {
     "zero1": (ZERO1, [(4, Split()), (2, Split()), (1, Split()), (3, Split())]),
     "zero2": (ZERO2 | BF16, [(4, Split()), (2, Split()), (1, Split()), (3, Split())]),
@@ -135,38 +137,42 @@ def train(rank: int, runs: list[Run], folder: Path) -> dict[str, Any]:
     return {run.name: train_run(run, folder) for run in runs}
 
 
-def refuse_then_train(rank: int, refused: Run, runs: list[Run], folder: Path) -> dict[str, Any]:
-    """As many ranks as before, but the layers split otherwise."""
-    refusal = message(lambda: train_run(refused, folder))
+def train_in_pairs(rank: int, folder: Path) -> dict[str, Any]:
+    """Each kind of run to its end, then again from step 4 on; the float32 weights at that step."""
+    train(rank, [new_run(kind, split, zero) for kind, (zero, split) in KINDS.items()], folder)
+    again = [new_run(f"{kind}_again", split, zero) for kind, (zero, split) in KINDS.items()]
+    whole_layers = new_run("whole_layers", Split(), KINDS["tensor"][0])
+    if rank == 0:
+        for run, kind in ((again[0], "data"), (again[1], "tensor"), (whole_layers, "tensor")):
+            place(folder, run, copy=(kind, 4))
+    dist.barrier()
+    refusal = message(lambda: train_run(whole_layers, folder))
     assert "saved with tensor_parallel 2, this run has 1; convert it by" in refusal
-    return train(rank, runs, folder)
+    return {kind: train(rank, [run], folder)[run.name]["before"] for kind, run in zip(KINDS, again, strict=True)}
 
 
-def continue_alone(rank: int, runs: list[Run], folder: Path) -> dict[str, Any]:
-    """Refused at first; then the command that the refusal names, word for word, and the run goes on."""
-    for run in runs:
+def train_alone(rank: int, folder: Path) -> dict[str, Any]:
+    """From step 4 on: refused, until the command that the refusal names has converted the checkpoint."""
+    before = {}
+    for kind, (zero, _) in KINDS.items():
+        run = place(folder, new_run(f"{kind}_alone", Split(), zero), copy=(kind, 4))
         refusal = message(lambda run=run: train_run(run, folder))
         named = re.search(r"saved with ranks 2, this run has 1; convert it by (python -m .*), or start", refusal)
         subprocess.run([sys.executable, *shlex.split(named[1])[1:], "--workers", "2"], check=True)
-    return train(rank, runs, folder)
+        before[kind] = train(rank, [run], folder)[run.name]["before"]
+    return before
 
 
 def test_a_run_on_two_ranks_goes_on_alone(folder):
     """Data-parallel ranks 2 -> 1, and tensor-parallel ranks 2 -> 1: the same weights, schedule and sequences."""
-    kinds = {"data": (ZERO1, Split()), "tensor": (ZERO2 | BF16, Split(2, sequence=True))}
-    runs = [place(folder, new_run(name, split, zero)) for name, (zero, split) in kinds.items()]
-    run_ranks(2, train, runs, folder)
-    paired, alone = [], []
-    for name, (zero, split) in kinds.items():
-        paired.append(place(folder, new_run(f"{name}_paired", split, zero), copy=(name, 4)))
-        alone.append(place(folder, new_run(f"{name}_alone", Split(), zero), copy=(name, 4)))
-    whole_layers = place(folder, new_run("whole_layers", Split(), ZERO2 | BF16), copy=("tensor", 4))
-    expected = run_ranks(2, refuse_then_train, whole_layers, paired, folder)[0]
-    found = run_ranks(1, continue_alone, alone, folder)[0]
-    for name in kinds:
-        before = found[f"{name}_alone"]["before"]
-        assert all(torch.equal(before[key], weight) for key, weight in expected[f"{name}_paired"]["before"].items())
-        check_continued(folder / f"{name}_alone", folder / name, step=4)
+    for kind, (zero, split) in KINDS.items():
+        place(folder, new_run(kind, split, zero))
+    paired = run_ranks(2, train_in_pairs, folder)[0]
+    alone = run_ranks(1, train_alone, folder)[0]
+    for kind in KINDS:
+        assert paired[kind].keys() == alone[kind].keys()
+        assert all(torch.equal(alone[kind][name], weight) for name, weight in paired[kind].items())
+        check_continued(folder / f"{kind}_alone", folder / kind, step=4)
 
 
 def check_continued(found: Path, expected: Path, *, step: int) -> None:

@@ -45,7 +45,7 @@ def check_resume(case: Case, folder: Path) -> None:
     train(engine, range(2))
     save_checkpoint(engine, folder, step=2, model={}, client_state={}, keep=1)
     torch.save(kept(engine), folder / f"kept_{dist.get_rank()}.pt")
-    if "zero" in case.name:
+    if "zero" in case.name:  # DeepSpeed's tool does not know BF16_Optimizer's shards
         check_zero_to_fp32(engine, folder)
     train(engine, range(2, 4))
     straight = kept(engine)

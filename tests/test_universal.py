@@ -5,6 +5,7 @@ In the spirit of DeepSpeed's `tests/unit/checkpoint/test_universal_checkpoint.py
 state within a tolerance; here they are equal bit for bit, and so is what follows.
 """
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def continue_cases(rank: int, root: Path, first: bool) -> list[bool]:
     """Load what another number of ranks saved, compare, take exact steps, and save for the next."""
+    gc.freeze()  # BF16_Optimizer's constructor collects garbage eight times, to tell the memory in use
     lacking = []
     for case in CASES:
         folder, engine = root / case.name, build(case)
@@ -75,15 +77,18 @@ def continue_cases(rank: int, root: Path, first: bool) -> list[bool]:
             torch.save(kept, folder / "whole.pt")
         engine.destroy()
         dist.barrier()
+    if dist.get_world_size() == 2:
+        check_failures(root)
     return lacking
 
 
 def test_resharding_from_4_ranks_to_2_to_1_to_3_is_exact(tmp_path):
     """Answers to TestZeROUniversalCheckpointDP in DeepSpeed's test_universal_checkpoint.py.
 
-    And a regression test: DeepSpeed 0.19.8's loading raises IndexError on a rank that holds nothing of a group.
+    And a regression test: DeepSpeed 0.19.8's loading raises IndexError on a rank that holds nothing of a group. The
+    process group of 2 ranks serves the failures as well.
     """
-    lacking = run_ranks(WORLDS[0], continue_cases, tmp_path, True)
+    run_ranks(WORLDS[0], continue_cases, tmp_path, True)
     for world in WORLDS[1:]:
         for case in CASES:
             folder = tmp_path / case.name
@@ -92,7 +97,7 @@ def test_resharding_from_4_ranks_to_2_to_1_to_3_is_exact(tmp_path):
             assert path == folder / f"{newest}_universal"
             assert make_universal(folder) == path
             assert {file: content for file, content in contents(folder).items() if path not in file.parents} == before
-        lacking += run_ranks(world, continue_cases, tmp_path, False)
+        lacking = run_ranks(world, continue_cases, tmp_path, False)
     assert any(any(found) for found in lacking)
 
 
@@ -150,14 +155,11 @@ def check_refusals(root: Path) -> None:
         on_rank_zero(lambda folder=folder, reason=reason: check_refusal(folder, reason))
 
 
-def all_checks(rank: int, root: Path) -> None:
+def check_failures(root: Path) -> None:
+    """Every rank raises the same line, and what was on the disk stays as it was."""
     check_a_rank_that_fails(root)
     check_round_robin(root)
     check_refusals(root)
-
-
-def test_failures_are_told_in_one_line_on_every_rank(tmp_path):
-    run_ranks(2, all_checks, tmp_path)
 
 
 def test_the_command_says_what_is_wrong(tmp_path):

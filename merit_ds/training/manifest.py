@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Manifest:
     zero_stage: int
     """For the reader: stages 1 and 2 load each other's checkpoints, and `setup` tells them from 0."""
     setup: dict[str, Any]
-    """What decides the shards' layout: numbers of ranks, precision, optimizer, DeepSpeed's wrapper."""
+    """What decides the shards' layout and content: numbers of ranks, precision, optimizer, DeepSpeed's wrapper, and
+    whether there is a learning-rate schedule."""
     model: dict[str, Any]
     """The model's settings, as JSON has them."""
     files: dict[str, tuple[int, str]]

@@ -63,8 +63,8 @@ def universal_info(module: torch.nn.Module) -> dict[str, Any]:
 def load_universal(engine: Any, checkpoint: Path) -> dict[str, Any]:
     """Load a universal checkpoint into the engine. A collective; a rank that fails does not leave the others waiting.
 
-    Weights and moments are set to the saved float32 values, bit for bit, on any number of ranks. So are what
-    DeepSpeed's own loading leaves as it is: frozen parameters and buffers.
+    Weights and moments are set to the saved float32 values, bit for bit, on any number of ranks. So are frozen
+    parameters and buffers, which DeepSpeed's own loading leaves as the new run has them.
 
     Args:
         engine: the DeepSpeed engine, ZeRO stage 1 or 2, configured for universal checkpoints.

@@ -8,8 +8,8 @@ saved on. This puts the shards together to whole parameters, in DeepSpeed's univ
 the same folder, `global_step{N}_universal`. What is there stays untouched. Being the newest, it is what `--load` takes,
 on any number of ranks, with the same train_batch_size, and bit for bit the same weights, moments and schedule.
 
-It needs one process, no GPU, and on the disk twice the size of the checkpoint while it works.
-DeepSpeed's files are pickles, which may run code when loaded: convert only checkpoints that you trust.
+It needs one process, no GPU, and while it works room on the disk for two more of the checkpoint. No run may save to the
+folder meanwhile. DeepSpeed's files are pickles, which may run code when loaded: convert only what you trust.
 """
 
 import argparse
