@@ -21,16 +21,17 @@ def split_axis(parameter: Tensor) -> Literal["rows", "cols"] | None:
     """The axis along which tensor-parallel ranks hold parts of a parameter; None where each has it all.
 
     Raises:
-        ValueError: the parameter is split and has more than two dimensions.
+        ValueError: the parameter is split and has more than two dimensions, or does not say along which.
     """
     if not getattr(parameter, "tensor_model_parallel", False) or tensor_parallel_group() is None:
         return None
-    if parameter.dim() > 2:
+    axis = getattr(parameter, "partition_dim", None)
+    if parameter.dim() > 2 or axis not in range(parameter.dim()):
         raise ValueError(
-            f"a tensor-parallel parameter has shape {tuple(parameter.shape)}: Merit supports those of one and two "
-            "dimensions; set expert_tensor_parallel_size to 1"
+            f"a tensor-parallel parameter of shape {tuple(parameter.shape)} has partition_dim {axis}: Merit supports "
+            "parameters of one and two dimensions, split along one of them; set expert_tensor_parallel_size to 1"
         )
-    return "cols" if parameter.dim() == 2 and parameter.partition_dim == 1 else "rows"  # type: ignore[attr-defined]
+    return "rows" if axis == 0 else "cols"
 
 
 def tensor_parallel_group() -> dist.ProcessGroup | None:
@@ -54,6 +55,8 @@ def tensor_parallel_group() -> dist.ProcessGroup | None:
 
 def replication_problem(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> str | None:
     """Whether parameters that are not split are the same on all ranks of the tensor-parallel group. A collective.
+
+    It looks at the values: slices that do not say so and happen to be equal, such as biases of zero, pass.
 
     Args:
         parameters: as many on every rank, in the same order; those that are split count by their shapes.

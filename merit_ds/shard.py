@@ -77,8 +77,7 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
 def is_matrix_view(view: Any) -> bool:
     """Whether it is one of MATRIX_VIEWS."""
     if isinstance(view, (tuple, list)):
-        name, *sizes = view
-        return name == "qkv" and len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes)
+        return len(view) == 3 and view[0] == "qkv" and all(isinstance(size, int) and size > 0 for size in view[1:])
     return view in ("stack", "flatten")
 
 

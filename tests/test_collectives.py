@@ -3,6 +3,7 @@
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -44,7 +45,6 @@ def test_maxima_are_exact_and_keep_nan():
 
 
 SPECIAL = (0.0, -0.0, TINY, -1e-40, 1e-38, 3e38, math.inf, -math.inf, math.nan)
-CASES = 150
 MOMENTS = {"lr": 0.1, "betas": (0.9, 0.95)}
 
 
@@ -72,9 +72,9 @@ def random_case(seed, world):
     return matrices, bounds, buffers, eps
 
 
-def _step_all(rank):
+def _step_all(rank, cases):
     world = dist.get_world_size()
-    for seed in range(CASES):
+    for seed in range(cases):
         matrices, bounds, buffers, eps = random_case(seed, world)
         weight, grad, m, v = (part[bounds[rank] : bounds[rank + 1]].clone() for part in buffers)
         layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
@@ -92,4 +92,10 @@ def _step_all(rank):
 
 
 def test_special_values_cross_the_ranks_as_they_cross_a_matrix():
-    run_ranks(3, _step_all)
+    run_ranks(3, _step_all, 150)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_thousands_of_random_layouts(world):
+    run_ranks(world, _step_all, 2000)
