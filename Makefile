@@ -1,6 +1,7 @@
 # make train   pre-train a small GPT with Merit under ZeRO-2 on this machine, from real text to sample text
 # make test    everything that is checked before a change lands
 # make test-full   that, and the tests marked full, with every cell of docs/sharding.md, which it writes anew
+# make test-gpu    where there is a GPU: the CUDA kernels against the formula, and how near they are to the memory's limit
 # RANKS=1 make train, PYTHON=python3.12 make test, ... change the defaults below.
 PYTHON ?= python3
 RANKS ?= 2
@@ -16,13 +17,18 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: train test test-full lint clean
+.PHONY: train test test-full test-gpu lint clean
 
 train: $(VENV)/ready data/wiki.json
 	deepspeed --num_gpus $(RANKS) pretrain_gpt.py --config configs/quickstart.yaml --load runs/quickstart
 
 test: $(VENV)/ready lint
 	python -m pytest
+
+test-gpu: $(VENV)/ready
+	python -m merit_ds.doctor --build
+	python -m pytest tests/gpu
+	python benchmarks/optimizer_step.py --device cuda --rounds 50
 
 test-full: $(VENV)/ready lint
 	python -m pytest -m ""

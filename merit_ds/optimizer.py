@@ -4,7 +4,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, cast, overload
+from operator import itemgetter
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,13 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from merit_ds.binding import bind, stepped_tensors
 from merit_ds.errors import UnsupportedError
-from merit_ds.fsdp import is_distributed, local_part, same_sharding
-from merit_ds.ops import Hyper
 from merit_ds.registration import allow_under_zero
 from merit_ds.shard import Shard
-from merit_ds.step import Task, take_step
 from merit_ds.summary import log_summary
 from merit_ds.validation import MOMENTS, check_parameters, check_saved_group, check_settings, check_state
+from merit_ds.work import Work
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,12 @@ class Merit(torch.optim.Optimizer):
         decay_vectors: False leaves parameters of 0 or 1 dimensions undecayed whatever their group's `weight_decay`
             says; True obeys the group.
         eps_inside_sqrt: sqrt(v + eps), as the paper prints it.
+        fused: True for the compiled kernels or an error; False for plain torch operations; None for the kernels where
+            they can be built, else plain torch with one warning. All give the same bits.
+
+    Attributes:
+        found_inf: None, or one number: where it is not 0 a step changes nothing, without the host having to know, as
+            in a CUDA graph. Set it to what `torch.amp` found, for instance.
 
     Raises:
         ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
@@ -79,9 +84,15 @@ class Merit(torch.optim.Optimizer):
         clip: float | None = 1.0,
         decay_vectors: bool = False,
         eps_inside_sqrt: bool = False,
+        fused: bool | None = None,
     ) -> None:
+        if fused not in (None, True, False):
+            raise ValueError(f"Merit: fused={fused!r}, but it must be True, False or None")
+        self.fused = fused
+        self.found_inf: Tensor | None = None
         self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
+        self._works: dict[tuple[Any, ...], Work] = {}
         self._refusal: str | None = None
         defaults = {
             "lr": lr,
@@ -133,20 +144,17 @@ class Merit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        newly_bound = [shard for group in self.param_groups for shard in self._bind(group)]
-        shards = [self._bound[tensor] for group in self.param_groups for tensor in group["params"]]
-        if newly_bound and self._is_deepspeed_dry_run(shards):
-            for shard in shards:
-                self._moments(shard.tensor)
+        work = self._work()
+        if work is None:
             return loss
-        tasks = [task for group in self.param_groups for task in self._tasks(group)]
+        grads = [tensor.grad for tensor in work.tensors]
+        states = work.states(grads, self.state, self._moments)
         try:
-            take_step(tasks, check_agreement=bool(newly_bound))
+            work.step(grads, states, self.param_groups, noop=self.found_inf)
         except UnsupportedError as refusal:
             self._refusal = str(refusal)
             raise
-        for group in self.param_groups:
-            self._count(group)
+        self._count(grads, states)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,6 +179,7 @@ class Merit(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
+        self._works.clear()
         self._refusal = None
         for tensor, state in pairs:
             for name in MOMENTS:
@@ -178,7 +187,15 @@ class Merit(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps the groups only, and a copy under ZeRO would take a flat partition for a vector.
-        return {**super().__getstate__(), "_origins": self._origins, "_bound": {}, "_refusal": self._refusal}
+        return {
+            **super().__getstate__(),
+            "_origins": self._origins,
+            "_bound": {},
+            "_works": {},
+            "_refusal": self._refusal,
+            "fused": self.fused,
+            "found_inf": None,
+        }
 
     def _origin(self, group: dict[str, Any]) -> _Origin:
         for origin in self._origins:
@@ -199,9 +216,31 @@ class Merit(torch.optim.Optimizer):
                 [
                     (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in found])
                     for origin, found in zip(self._origins, tensors, strict=True)
-                ]
+                ],
+                fused=self.fused,
             )
         return shards
+
+    def _work(self) -> Work | None:
+        """What this call has to do; None for DeepSpeed's dry run.
+
+        Under ZeRO the groups hold other tensors in each call, so there is one for each set of them.
+        """
+        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        sizes = [len(group["params"]) for group in self.param_groups]
+        identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
+        if identity in self._works:
+            return self._works[identity]
+        newly_bound = [shard for group in self.param_groups for shard in self._bind(group)]
+        shards = [self._bound[tensor] for tensor in tensors]
+        if newly_bound and self._is_deepspeed_dry_run(shards):
+            for tensor in tensors:
+                self._moments(tensor)
+            return None
+        groups = [number for number, size in enumerate(sizes) for _ in range(size)]
+        work = Work(shards, groups=groups, fused=self.fused, check_agreement=bool(newly_bound))
+        self._works[identity] = work
+        return work
 
     def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:
         """FP16_UnfusedOptimizer's constructor calls `step` on zero gradients to create state.
@@ -216,60 +255,23 @@ class Merit(torch.optim.Optimizer):
             for shard in shards
         )
 
-    def _tasks(self, group: dict[str, Any]) -> list[Task]:
-        hyper = _hyper(group)
-        undecayed = replace(hyper, weight_decay=0.0)
-        tasks = []
-        for tensor in group["params"]:
-            shard = self._bound[tensor]
-            if tensor.grad is None:
-                # DeepSpeed gives every partition one, so this happens on all ranks or none.
-                if shard.group is not None and not is_distributed(tensor):
-                    raise UnsupportedError("a partition of zero_optimization has no gradient: call step by the engine")
-                continue
-            if tensor.grad.is_sparse:
-                raise UnsupportedError("Merit does not support sparse gradients: use dense ones (sparse=False)")
-            if not same_sharding(tensor, tensor.grad):
-                raise UnsupportedError("a gradient is not sharded as its parameter is: redistribute it before the step")
-            exp_avg, exp_avg_sq = self._moments(tensor)
-            tasks.append(
-                Task(
-                    shard,
-                    weight=local_part(tensor.detach()).view(-1),
-                    grad=local_part(tensor.grad).contiguous().view(-1),
-                    exp_avg=local_part(exp_avg).view(-1),
-                    exp_avg_sq=local_part(exp_avg_sq).view(-1),
-                    hyper=hyper,
-                    undecayed=undecayed,
-                    decay_vectors=group["decay_vectors"],
-                )
-            )
-        return tasks
-
-    def _moments(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.state[tensor]
+    def _moments(self, tensor: Tensor) -> dict[str, Any]:
+        """A tensor's state, made if it has none."""
+        state: dict[str, Any] = self.state[tensor]
         if not state:
             state["step"] = 0
             for name in MOMENTS:
                 state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
-        return cast(Tensor, state["exp_avg"]), cast(Tensor, state["exp_avg_sq"])
+        return state
 
-    def _count(self, group: dict[str, Any]) -> None:
-        for tensor in group["params"]:
-            if tensor.grad is not None:
-                self.state[tensor]["step"] += 1
-                # Not one more with each call: ZeRO-3 steps a group's tensors in several.
-                group["step"] = max(group["step"], self.state[tensor]["step"])
-
-
-def _hyper(group: dict[str, Any]) -> Hyper:
-    beta1, beta2 = group["betas"]
-    return Hyper(
-        lr=float(group["lr"]),
-        beta1=float(beta1),
-        beta2=float(beta2),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        clip=None if group["clip"] is None else float(group["clip"]),
-        eps_inside_sqrt=group["eps_inside_sqrt"],
-    )
+    def _count(self, grads: list[Tensor | None], states: list[dict[str, Any] | None]) -> None:
+        begin = 0
+        for group in self.param_groups:
+            end = begin + len(group["params"])
+            members = zip(states[begin:end], grads[begin:end], strict=True)
+            stepped = [state for state, grad in members if state is not None and grad is not None]
+            for state in stepped:
+                state["step"] += 1
+            # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+            group["step"] = max(map(itemgetter("step"), (group, *stepped)))
+            begin = end

@@ -4,41 +4,33 @@
 A second line warns where the settings look like Adam's.
 """
 
-import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 
+from merit_ds.log import user_logger
+from merit_ds.ops import select_kernel
 from merit_ds.shard import Shard
 
-logger = logging.getLogger("merit_ds")
 
-
-def log_summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> None:
-    """Log the summary of all groups as INFO of the logger `merit_ds`, and what looks wrong as WARNING, on rank 0.
-
-    A program that sets up logging decides what becomes of it. For all others it goes to stdout: DeepSpeed's own logger
-    shows warnings only, and a user should see what Merit found.
-    """
+def log_summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, fused: bool | None) -> None:
+    """Log the summary of all groups as INFO of the logger `merit_ds`, and what looks wrong as WARNING, on rank 0."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler(sys.stdout))
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-    logger.info(summary(groups))
+    logger = user_logger()
+    logger.info(summary(groups, fused=fused))
     suspicion = adam_like([settings for settings, _ in groups])
     if suspicion is not None:
         logger.warning(suspicion)
 
 
-def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:
+def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, fused: bool | None) -> str:
     """One line, for instance for a user to see that no weight was forgotten.
 
     Args:
         groups: each group's settings with its shards.
+        fused: the optimizer's setting.
     """
     shards = [shard for _, found in groups for shard in found if shard.tensor.requires_grad]
     matrices = [matrix for shard in shards for matrix in shard.matrices]
@@ -50,6 +42,7 @@ def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:
         f"{group['weight_decay']:g} ({'all' if group['decay_vectors'] else 'matrices only'})"
         for group, _ in groups
     )
+    kernels = {select_kernel(shard.tensor.device, fused=fused).name for shard in shards}
     cut = sum(len(shard.layout.cut) for shard in shards)
     slots = sum(shard.layout.exchange_size for shard in shards if shard.group is not None)
     slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)
@@ -57,7 +50,8 @@ def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]]) -> str:
         f"Merit: {len(matrices) - len(vectors) - len(unscaled)} matrices by row, column and whole-weight ratio, "
         f"{len(vectors)} vectors by whole-weight ratio{f', {len(unscaled)} without a ratio' if unscaled else ''} "
         f"({elements:,} elements); wrapper {' '.join(sorted({s.wrapper for s in shards}))}; "
-        f"{cut} weights of this rank cut, {8 * slots:,} bytes of maxima a step; kernel eager; {settings}"
+        f"{cut} weights of this rank cut, {8 * slots:,} bytes of maxima a step; "
+        f"kernel {' '.join(sorted(kernels))}; {settings}"
     )
 
 

@@ -5,15 +5,14 @@ import math
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from merit_ds.fsdp import same_sharding
+from merit_ds.ops.table import DTYPES
 from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, logical_matrices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state's tensors, under the names that DeepSpeed's universal checkpoints know."""
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_settings(group: dict[str, Any]) -> None:
@@ -54,7 +53,7 @@ def check_saved_group(group: dict[str, Any], defaults: dict[str, Any]) -> None:
 def check_parameters(group: dict[str, Any]) -> None:
     """Raise ValueError for a parameter whose dtype or shape has no defined step."""
     for parameter in group["params"]:
-        if parameter.dtype not in _DTYPES:
+        if parameter.dtype not in DTYPES:
             raise ValueError(f"Merit: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
         logical_matrices(parameter, group)
 

@@ -4,15 +4,16 @@
 import numpy as np
 
 
-def numpy_step(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, scaled=True):
+def numpy_step(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, clip=1.0, eps_inside_sqrt=False, scaled=True):
     """One step in float32, one rounding for each operation; returns (w, m, v). `scaled=False`: no trust ratio."""
     f = np.float32
     with np.errstate(all="ignore"):
         m = m * f(beta1) + g * f(1 - beta1)
         v = v * f(beta2) + (g * g) * f(1 - beta2)
-        u = m / (np.sqrt(v) + f(eps)) + w * f(weight_decay)
+        root = np.sqrt(v + f(eps)) if eps_inside_sqrt else np.sqrt(v) + f(eps)
+        u = m / root + w * f(weight_decay)
         if not scaled:
-            return w - np.clip(u, f(-1), f(1)) * f(lr), m, v
+            return w - np.clip(u, f(-clip), f(clip)) * f(lr), m, v
         a, b = np.abs(w), np.abs(u)
         whole = a.max() / b.max()
         if w.ndim == 1:
@@ -21,4 +22,4 @@ def numpy_step(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, scaled=True):
             aw, au, cw, cu = a.max(1, keepdims=True), b.max(1, keepdims=True), a.max(0), b.max(0)
             s = np.maximum(np.maximum(aw / au, cw / cu), whole)
             s = np.where((aw == 0) | (au == 0) | (cw == 0) | (cu == 0), f(1), s)
-        return w - np.clip(u * s, f(-1), f(1)) * f(lr), m, v
+        return w - np.clip(u * s, f(-clip), f(clip)) * f(lr), m, v

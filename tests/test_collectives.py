@@ -10,10 +10,11 @@ from ranks import run_ranks
 
 from merit_ds.collectives import MaxExchange
 from merit_ds.layout import Matrix, ShardLayout
-from merit_ds.ops import Hyper
+from merit_ds.ops import select_kernel
+from merit_ds.ops.table import Operands
 from merit_ds.reference import merit_step
 from merit_ds.shard import Shard
-from merit_ds.step import Task, take_step
+from merit_ds.step import Stepper
 
 TINY = 2.0**-149
 # rank 0's value, rank 1's, the maximum
@@ -29,23 +30,23 @@ VALUES = [
 
 
 def _exchange(rank):
-    exchange = MaxExchange(len(VALUES), device=torch.device("cpu"), group=dist.group.WORLD)
-    exchange.maxima[0] = torch.tensor([row[rank] for row in VALUES])
-    exchange.maxima[1] = torch.tensor([row[1 - rank] for row in VALUES])
+    maxima = torch.tensor([[row[rank], row[1 - rank]] for row in VALUES])
+    exchange = MaxExchange(maxima, group=dist.group.WORLD)
     exchange.start()
     exchange.wait()
     exchange.wait()
-    return exchange.maxima
+    return maxima
 
 
 def test_maxima_are_exact_and_keep_nan():
-    wanted = torch.tensor([[row[2] for row in VALUES]] * 2)
+    wanted = torch.tensor([[row[2]] * 2 for row in VALUES])
     for maxima in run_ranks(2, _exchange):
         torch.testing.assert_close(maxima, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 SPECIAL = (0.0, -0.0, TINY, -1e-40, 1e-38, 3e38, math.inf, -math.inf, math.nan)
-MOMENTS = {"lr": 0.1, "betas": (0.9, 0.95)}
+MOMENTS = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
+SETTINGS = {**MOMENTS, "clip": 1.0, "decay_vectors": True, "eps_inside_sqrt": False}
 
 
 def random_case(seed, world):
@@ -78,13 +79,15 @@ def _step_all(rank, cases):
         matrices, bounds, buffers, eps = random_case(seed, world)
         weight, grad, m, v = (part[bounds[rank] : bounds[rank + 1]].clone() for part in buffers)
         layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
-        hyper = Hyper(0.1, 0.9, 0.95, eps, 0.1, 1.0, False)
         shard = Shard(weight, layout, tuple(matrices), wrapper="none", group=dist.group.WORLD)
-        take_step([Task(shard, weight, grad, m, v, hyper, hyper, decay_vectors=True)], check_agreement=seed % 2 == 0)
+        kernel = select_kernel(weight.device, fused=[None, False][seed // 2 % 2])
+        stepper = Stepper([shard], groups=[0], kernel=kernel, device=weight.device)
+        group = {**SETTINGS, "eps": eps}
+        stepper.step(Operands([weight], [grad], [m], [v]), [group], check_agreement=seed % 2 == 0)
         for matrix in matrices:
             shape = (matrix.cols,) if matrix.is_vector else (matrix.rows, matrix.cols)
             whole = [part[matrix.start : matrix.stop].view(shape) for part in buffers]
-            merit_step(*whole, **MOMENTS, eps=eps, weight_decay=0.1)
+            merit_step(*whole, **MOMENTS, eps=eps)
         for ours, part in zip((weight, m, v), buffers[[0, 2, 3]], strict=True):
             expected = part[bounds[rank] : bounds[rank + 1]]
             same = (ours.view(torch.int32) == expected.view(torch.int32)) | (ours.isnan() & expected.isnan())

@@ -17,12 +17,22 @@ from oracle import numpy_step
 
 import merit_ds.megatron
 from merit_ds.layout import ShardLayout
-from merit_ds.ops import Hyper
+from merit_ds.ops import select_kernel
+from merit_ds.ops.table import Operands, scalars_of
 from merit_ds.shard import Shard, logical_matrices
-from merit_ds.step import Task, _pieces, _Round
+from merit_ds.step import Stepper
 
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, inf, -inf, nan)
 SETTINGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6}
+GROUP = {
+    "lr": 0.1,
+    "betas": (0.9, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "decay_vectors": False,
+    "eps_inside_sqrt": False,
+}
 
 
 @dataclass(frozen=True)
@@ -118,28 +128,31 @@ def expected_of(found, values):
 class Rank:
     """One rank's step, stopped at its exchanges."""
 
-    def __init__(self, matrices, ids, values, bounds, index):
+    def __init__(self, matrices, ids, values, bounds, index, kernel):
         self.ids = ids[bounds[index] : bounds[index + 1]]
         self.slices = [torch.from_numpy(part[self.ids]) for part in values]
         layout = ShardLayout.build(matrices, bounds=bounds, rank=index)
-        hyper = Hyper(0.1, 0.9, 0.95, 1e-6, 0.1, 1.0, False)
-        bare = Hyper(0.1, 0.9, 0.95, 1e-6, 0.0, 1.0, False)
-        shard = Shard(self.slices[0], layout, tuple(matrices), wrapper="none")
-        task = Task(shard, *self.slices, hyper, bare, decay_vectors=False)
-        self.data, self.tensor = (_Round([shard], groups=[None], sizes=[1]) for _ in range(2))
-        self.data.slots = [torch.zeros(2, layout.exchange_size)]
-        self.tensor.slots = [torch.zeros(2, layout.tensor_exchange_size)]
-        self.cut, self.split, self.alone = _pieces([task], self.data, self.tensor)
+        groups = {"group": "data", "tensor_group": "tensor"}
+        shard = Shard(self.slices[0], layout, tuple(matrices), wrapper="none", **groups)
+        self.kernel = kernel
+        self.stepper = Stepper([shard], groups=[0], kernel=kernel, device=torch.device("cpu"))
+        self.plan, self.maxima = self.stepper.plan, self.stepper.maxima
+        self.scalars = torch.tensor(scalars_of(GROUP))
+
+    def run(self, operation, tiles):
+        """One operation over one phase's rectangles."""
+        if tiles:
+            operands = self.kernel.preparer()(Operands(*([part] for part in self.slices)), torch.device("cpu"))
+            table = self.kernel.table(tiles, torch.device("cpu"))
+            getattr(self.kernel, operation)(operands, tiles=table, scalars=self.scalars, maxima=self.maxima)
 
 
-def reduce(rounds):
-    """The all-reduce MAX of one process group."""
-    for each in rounds:
-        each.start()
-    bits = torch.stack([each.slots[0].view(torch.int32) & 0x7FFFFFFF for each in rounds])
-    for each in rounds:
-        each.slots[0].view(torch.int32).copy_(bits.amax(0))
-        each.wait()
+def reduce(ranks, regions):
+    """The all-reduce MAX of one process group, over the region that each of its ranks has for it."""
+    parts = [rank.maxima[region.begin : region.end] for rank, (region,) in zip(ranks, regions, strict=True)]
+    bits = torch.stack([part.view(torch.int32) & 0x7FFFFFFF for part in parts]).amax(0)
+    for part in parts:
+        part.view(torch.int32).copy_(bits)
 
 
 def buffer(found, tensor_parallel, index):
@@ -155,26 +168,28 @@ def buffer(found, tensor_parallel, index):
     return matrices, np.concatenate(ids)
 
 
-def stepped(found, tensor_parallel, bounds, values):
+def stepped(found, tensor_parallel, bounds, values, kernel):
     """Weights and moments after the ranks' step, [3, total]; every element was written by some rank."""
     columns = []
     for index in range(tensor_parallel):
         matrices, ids = buffer(found, tensor_parallel, index)
-        columns.append([Rank(matrices, ids, values, bounds, each) for each in range(len(bounds) - 1)])
+        columns.append([Rank(matrices, ids, values, bounds, each, kernel) for each in range(len(bounds) - 1)])
     ranks = [rank for column in columns for rank in column]
     for rank in ranks:
-        for piece in (*rank.cut, *rank.split):
-            piece.accumulate()
+        rank.run("accumulate", rank.plan.cut)
+        rank.run("accumulate", rank.plan.split)
     for column in columns:
-        reduce([rank.data for rank in column])
+        reduce(column, [rank.plan.data for rank in column])
+    for rank in ranks:
+        rank.stepper.carry_over()
     for peers in zip(*columns, strict=True):
-        reduce([rank.tensor for rank in peers])
+        reduce(peers, [rank.plan.tensor for rank in peers])
     result = np.full((3, values.shape[1]), np.float32(-7))
     for rank in ranks:
-        for piece in rank.alone:
-            piece.accumulate()
-        for piece in (*rank.cut, *rank.split, *rank.alone):
-            piece.apply()
+        rank.run("step", rank.plan.alone)
+        rank.stepper.carry_back()
+        rank.run("apply", rank.plan.cut)
+        rank.run("apply", rank.plan.split)
         ours, there = np.stack([rank.slices[part].numpy() for part in (0, 2, 3)]), result[:, rank.ids]
         fits = (there == -7) | (there == ours) | (np.isnan(there) & np.isnan(ours))
         assert fits.all(), "copies of a replicated weight have come apart"
@@ -182,9 +197,9 @@ def stepped(found, tensor_parallel, bounds, values):
     return result
 
 
-def check(job):
+def check(job, kernel):
     found, tensor_parallel, bounds, values = job
-    ours, expected = stepped(found, tensor_parallel, bounds, values), expected_of(found, values)
+    ours, expected = stepped(found, tensor_parallel, bounds, values, kernel), expected_of(found, values)
     same = (ours.view(np.int32) == expected.view(np.int32)) | (np.isnan(ours) & np.isnan(expected))
     assert same.all(), f"{np.argwhere(~same)[:5].tolist()}: {ours[~same][:5]} is not {expected[~same][:5]}"
 
@@ -195,14 +210,27 @@ def tensor_parallel_ranks(monkeypatch):
     monkeypatch.setattr(merit_ds.megatron, "tensor_parallel_group", object)
 
 
-@settings(max_examples=300, deadline=None)
-@given(jobs())
-def test_sharded_step_is_the_unsharded_one(job):
-    check(job)
+@pytest.fixture(params=["eager", "fused", "emulated CUDA"])
+def kernel(request):
+    if request.param == "emulated CUDA":
+        return request.getfixturevalue("emulated_cuda")
+    return select_kernel(torch.device("cpu"), fused=request.param == "fused")
+
+
+def test_sharded_step_is_the_unsharded_one(kernel):
+    @settings(max_examples=150, deadline=None)
+    @given(jobs())
+    def holds(job):
+        check(job, kernel)
+
+    holds()
 
 
 @pytest.mark.full
-@settings(max_examples=5000, deadline=None)
-@given(jobs())
-def test_sharded_step_is_the_unsharded_one_thousands(job):
-    check(job)
+def test_sharded_step_is_the_unsharded_one_thousands(kernel):
+    @settings(max_examples=5000, deadline=None)
+    @given(jobs())
+    def holds(job):
+        check(job, kernel)
+
+    holds()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two operations of a step on one fragment: `accumulate`, then `apply` once the maxima are complete."""
+"""The operations of a step over many tensors at once: `accumulate`, `apply` with complete maxima, or both in `step`."""
 
-from merit_ds.ops.eager import Hyper, Maxima, accumulate, apply
+from merit_ds.ops.kernel import Kernel
+from merit_ds.ops.select import select_kernel
 
-__all__ = ["Hyper", "Maxima", "accumulate", "apply"]
+__all__ = ["Kernel", "select_kernel"]

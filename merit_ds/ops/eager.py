@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two operations in plain torch, on any device that has float64.
+"""The operations in plain torch, on any device that has float64: the reference of the fused kernels.
 
 Every operation is rounded to float32 once. `add(alpha=)`, `addcmul` and `addcdiv` may fuse a multiply-add, and would
 then round differently on another device or in a vector's tail. `torch.sqrt` of float32 may be MKL's on a CPU, which is
@@ -10,12 +10,11 @@ again instead of keeping it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from merit_ds.layout import Fragment, Rectangle
+from merit_ds.ops.table import Operands, Scalars, Tile
 
 # Elements of a tile. On a CPU the tile's few float32 temporaries should stay in a core's L2 cache;
 # on an accelerator a tile must be large enough to hide the launches.
@@ -23,132 +22,101 @@ _TILE_CPU = 1 << 16
 _TILE_ACCELERATOR = 1 << 22
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """A step's scalars, as Python doubles that are rounded once to float32 where they are used."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip: float | None
-    eps_inside_sqrt: bool
-
-
-@dataclass(frozen=True)
-class Maxima:
-    """Maxima of |w| (index 0) and |u| (index 1) that a fragment needs, float32.
-
-    rows: [2, fragment.rows]; cols: [2, matrix.cols]; both empty for a vector. whole: [2].
-    """
-
-    rows: Tensor
-    cols: Tensor
-    whole: Tensor
-
-
 def accumulate(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    maxima: Maxima,
-    *,
-    fragment: Fragment,
-    hyper: Hyper,
+    operands: Operands, *, tiles: Tensor, scalars: Tensor, maxima: Tensor, noop: Tensor | None = None
 ) -> None:
-    """First pass: moments in place, and the fragment's maxima raised into `maxima`.
+    """First pass: moments in place, and the tiles' maxima raised into `maxima`.
 
     Args:
-        weight, grad: a rank's flat slice [n], float32, bfloat16 or float16.
-        exp_avg, exp_avg_sq: the moments' flat slice [n], float32; modified in place.
-        maxima: holds what other fragments of the same matrix found so far, or zeros; modified in place.
+        operands: the tensors; the moments are modified in place.
+        tiles: [tiles, 9], int64, on the CPU; see `merit_ds.ops.table.Tile`.
+        scalars: [rows, 9], float32, on the tensors' device; see `merit_ds.ops.table.Scalars`.
+        maxima: [slots, 2], float32: of |w|, of |u|. Holds what others found so far, or zeros; modified in place.
+        noop: one float; if it is not 0, nothing is touched.
     """
-    for tile in _tiles(fragment, weight.device):
-        w, g, m, v = (_view(tensor, tile) for tensor in (weight, grad, exp_avg, exp_avg_sq))
+    if noop is not None and bool(noop):
+        return
+    rows = [Scalars(*row.unbind()) for row in scalars]
+    for tile in _tiles(tiles, operands):
+        w, g, m, v = (_view(tensors[tile.tensor], tile) for tensors in operands)
+        hyper = rows[tile.hyper]
         g = g.float()
-        m.mul_(hyper.beta1).add_(g * (1 - hyper.beta1))
-        v.mul_(hyper.beta2).add_((g * g).mul_(1 - hyper.beta2))
-        if not fragment.matrix.scaled:
+        m.mul_(hyper.beta1).add_(g * hyper.one_minus_beta1)
+        v.mul_(hyper.beta2).add_((g * g).mul_(hyper.one_minus_beta2))
+        if tile.whole_slot < 0:
             continue
         w = w.float()
         magnitudes = torch.stack((w, _update(w, m, v, hyper))).abs_()
-        if fragment.matrix.is_vector:
-            _raise(maxima.whole, magnitudes.amax((1, 2)))
-            continue
-        rows = magnitudes.amax(2)
-        _raise(maxima.rows[:, tile.row : tile.row + tile.rows], rows)
-        _raise(maxima.cols[:, tile.col : tile.col + tile.cols], magnitudes.amax(1))
-        _raise(maxima.whole, rows.amax(1))
+        if tile.row_slot >= 0:
+            _raise(maxima[tile.row_slot : tile.row_slot + tile.rows], magnitudes.amax(2).t())
+            _raise(maxima[tile.col_slot : tile.col_slot + tile.cols], magnitudes.amax(1).t())
+        _raise(maxima[tile.whole_slot], magnitudes.amax((1, 2)))
 
 
-def apply(
-    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, maxima: Maxima, *, fragment: Fragment, hyper: Hyper
-) -> None:
-    """Second pass: w -= lr * clip(s * u), with the matrix's complete maxima.
+def apply(operands: Operands, *, tiles: Tensor, scalars: Tensor, maxima: Tensor, noop: Tensor | None = None) -> None:
+    """Second pass: w -= lr * clip(s * u), with the matrices' complete maxima.
 
-    Args:
-        weight: a rank's flat slice [n]; modified in place, rounded to its dtype once.
-        exp_avg, exp_avg_sq: as `accumulate` left them.
+    Args: as `accumulate` left them; the weights are modified in place, rounded to their dtype once.
     """
-    for tile in _tiles(fragment, weight.device):
-        w, m, v = (_view(tensor, tile) for tensor in (weight, exp_avg, exp_avg_sq))
+    if noop is not None and bool(noop):
+        return
+    rows = [Scalars(*row.unbind()) for row in scalars]
+    for tile in _tiles(tiles, operands):
+        w, _, m, v = (_view(tensors[tile.tensor], tile) for tensors in operands)
+        hyper = rows[tile.hyper]
         w32 = w.float()
         update = _update(w32, m, v, hyper)
-        if fragment.matrix.scaled:
-            update.mul_(_whole_ratio(maxima) if fragment.matrix.is_vector else _element_ratio(maxima, tile))
-        if hyper.clip is not None:
-            update.clamp_(-hyper.clip, hyper.clip)
+        if tile.whole_slot >= 0:
+            update.mul_(_ratio(maxima, tile))
+        torch.minimum(update, hyper.clip, out=update)  # clamp_ by tensors is eight times slower on a CPU
+        torch.maximum(update, -hyper.clip, out=update)
         w.copy_(w32 - update.mul_(hyper.lr))
 
 
-def _update(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
-    """u = m / (sqrt(v) + eps) + weight_decay * w, a new tensor."""
-    root = _sqrt(exp_avg_sq + hyper.eps) if hyper.eps_inside_sqrt else _sqrt(exp_avg_sq).add_(hyper.eps)
+def step(operands: Operands, *, tiles: Tensor, scalars: Tensor, maxima: Tensor, noop: Tensor | None = None) -> None:
+    """Both passes, for fragments to whose maxima nobody else contributes."""
+    accumulate(operands, tiles=tiles, scalars=scalars, maxima=maxima, noop=noop)
+    apply(operands, tiles=tiles, scalars=scalars, maxima=maxima, noop=noop)
+
+
+def _update(weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Scalars) -> Tensor:
+    """u = m / (sqrt(v) + eps) + weight_decay * w, a new tensor. Adding the eps that is zero changes nothing."""
+    root = (exp_avg_sq + hyper.eps_inside).double().sqrt_().float().add_(hyper.eps_outside)
     return torch.div(exp_avg, root, out=root).add_(weight * hyper.weight_decay)
 
 
-def _sqrt(values: Tensor) -> Tensor:
-    return values.double().sqrt_().float()
-
-
-def _whole_ratio(maxima: Maxima) -> Tensor:
-    """A vector's s, a scalar: 1 where max|w| or max|u| is zero."""
-    return torch.where((maxima.whole == 0).any(), 1.0, maxima.whole[0] / maxima.whole[1])
-
-
-def _element_ratio(maxima: Maxima, tile: Rectangle) -> Tensor:
-    """A matrix tile's s [rows, cols]; the zero rule comes last, over NaN and over the whole-weight ratio."""
-    rows = maxima.rows[:, tile.row : tile.row + tile.rows].unsqueeze(2)
-    cols = maxima.cols[:, tile.col : tile.col + tile.cols].unsqueeze(1)
-    ratio = torch.maximum(rows[0] / rows[1], cols[0] / cols[1])
-    torch.maximum(ratio, maxima.whole[0] / maxima.whole[1], out=ratio)
-    return ratio.masked_fill_((rows == 0).any(0), 1.0).masked_fill_((cols == 0).any(0), 1.0)
+def _ratio(maxima: Tensor, tile: Tile) -> Tensor:
+    """s, [rows, cols] for a matrix; the zero rule comes last, over NaN and over the whole-weight ratio."""
+    whole = maxima[tile.whole_slot]
+    if tile.row_slot < 0:
+        return torch.where((whole == 0).any(), 1.0, whole[0] / whole[1])
+    rows = maxima[tile.row_slot : tile.row_slot + tile.rows].unsqueeze(1)
+    cols = maxima[tile.col_slot : tile.col_slot + tile.cols].unsqueeze(0)
+    ratio = torch.maximum(rows[..., 0] / rows[..., 1], cols[..., 0] / cols[..., 1])
+    torch.maximum(ratio, whole[0] / whole[1], out=ratio)
+    return ratio.masked_fill_((rows == 0).any(2), 1.0).masked_fill_((cols == 0).any(2), 1.0)
 
 
 def _raise(target: Tensor, values: Tensor) -> None:
     torch.maximum(target, values, out=target)  # unlike fmax it keeps NaN
 
 
-def _view(tensor: Tensor, tile: Rectangle) -> Tensor:
-    return tensor[tile.offset : tile.offset + tile.rows * tile.cols].view(tile.rows, tile.cols)
+def _view(tensor: Tensor | None, tile: Tile) -> Tensor:
+    assert tensor is not None, "_tiles leaves out tensors without a gradient"
+    return tensor.as_strided((tile.rows, tile.cols), (tile.pitch, 1), tensor.storage_offset() + tile.offset)
 
 
-def _tiles(fragment: Fragment, device: torch.device) -> Iterator[Rectangle]:
-    """The fragment's rectangles in pieces of bounded size, each contiguous in memory: whole rows, or part of one."""
-    limit = _TILE_CPU if device.type == "cpu" else _TILE_ACCELERATOR
-    for piece in fragment.rectangles():
-        if piece.cols > limit:
-            step_rows, step_cols = 1, limit
-        else:
-            step_rows, step_cols = limit // piece.cols, piece.cols
-        for row in range(0, piece.rows, step_rows):
-            for col in range(0, piece.cols, step_cols):
-                yield Rectangle(
-                    offset=piece.offset + row * piece.cols + col,
-                    row=piece.row + row,
-                    col=piece.col + col,
-                    rows=min(step_rows, piece.rows - row),
-                    cols=min(step_cols, piece.cols - col),
+def _tiles(tiles: Tensor, operands: Operands) -> Iterator[Tile]:
+    """The rectangles of tensors that have a gradient, in pieces of bounded size: whole rows, or parts of one."""
+    for row in tiles.tolist():
+        whole = Tile(*row)
+        if operands.grads[whole.tensor] is None:
+            continue
+        limit = _TILE_CPU if operands.weights[whole.tensor].device.type == "cpu" else _TILE_ACCELERATOR
+        step_cols = min(whole.cols, limit)
+        step_rows = limit // step_cols
+        for first in range(0, whole.rows, step_rows):
+            for col in range(0, whole.cols, step_cols):
+                yield whole.part(
+                    first, col, rows=min(step_rows, whole.rows - first), cols=min(step_cols, whole.cols - col)
                 )

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer step of GPT-2 small's 148 weights: Merit against AdamW, LAMB, and the memory's own speed.
+
+    python benchmarks/optimizer_step.py
+    python benchmarks/optimizer_step.py --device cuda --rounds 50
+
+All take turns in one process with the same threads, in float32; the result is medians, and ratios of them. "whole" is
+the unsharded step, "all cut" one in which every weight lies on several ranks, so that nothing can stay in cache between
+the two passes. Then the step of one rank's slice under ZeRO, for 1 to 64 ranks, without communication; the memory that
+a step needs beyond weights, gradients and moments; and the time that Python takes for 300 weights beyond the kernel.
+Writes the numbers as JSON and a bar chart beside it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from contenders import SETTINGS, contenders, gpt2_small, zero_slice
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from merit_ds import Merit
+from merit_ds.training.report import provenance
+
+BENCHMARKS = Path(__file__).resolve().parent
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+COPY, ADAMW, CPU_ADAM = "copy", "torch AdamW fused", "DeepSpeedCPUAdam"
+WHOLE, CUT, PLAIN = "Merit fused, whole", "Merit fused, all cut", "MERIT's plain formula"
+BYTES = {WHOLE: 28, CUT: 40}
+"""Bytes a parameter that a step must move: g, m, v, w in, m, v, w out; twice w, m, v in where no cache holds them."""
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.memory_of_a_step:
+        print(json.dumps(memory_of_a_step()))
+        return
+    device = torch.device(arguments.device)
+    weights = gpt2_small(device)
+    parameters = sum(weight.numel() for weight in weights)
+    seconds = take_turns(contenders(weights), rounds=arguments.rounds, device=device)
+    slices = {
+        str(ranks): min(_seconds(zero_slice(weights, ranks=ranks, rank=ranks // 2), device) for _ in range(3))
+        for ranks in tqdm(RANKS, desc="slices of 1 to 64 ranks", disable=None)
+    }
+    result = {
+        "parameters": parameters,
+        "milliseconds": {name: 1000 * median(times) for name, times in seconds.items()},
+        "ratios": ratios({name: median(times) for name, times in seconds.items()}, parameters),
+        "milliseconds_by_ranks": {ranks: 1000 * spent for ranks, spent in slices.items()},
+        "python_microseconds": python_overhead(device),
+        **({"memory": _in_a_fresh_process()} if device.type == "cpu" else {}),
+        "all_milliseconds": {name: [round(1000 * each, 2) for each in times] for name, times in seconds.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        **provenance(),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+    draw(result, arguments.output.with_suffix(".png"))
+
+
+def take_turns(steps: dict[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step in each round; every other round runs in reverse, so that a drift favours none."""
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(rounds), desc="rounds", disable=None):
+        for name in steps if number % 2 == 0 else reversed(steps):
+            seconds[name].append(_seconds(steps[name], device))
+    return seconds
+
+
+def ratios(spent: dict[str, float], parameters: int) -> list[dict[str, Any]]:
+    """What is compared, by how much, and what was to be reached."""
+    bandwidth = 8 * parameters / spent[COPY]
+    found: list[tuple[str, float, str, float]] = [(f"{WHOLE} / {ADAMW}", spent[WHOLE] / spent[ADAMW], "<=", 1.0)]
+    if CPU_ADAM in spent:
+        found.append((f"{WHOLE} / {CPU_ADAM}", spent[WHOLE] / spent[CPU_ADAM], "<=", 1.5))
+    found += [
+        (f"{PLAIN} / {WHOLE}", spent[PLAIN] / spent[WHOLE], ">=", 10.0),
+        (f"{CUT} / {ADAMW}", spent[CUT] / spent[ADAMW], "<=", 1.45),
+    ]
+    for name, size in BYTES.items():
+        found.append(
+            (f"{name}: bandwidth at {size} B / copy's", size * parameters / spent[name] / bandwidth, ">=", 0.8)
+        )
+    return [{"what": what, "is": value, "wanted": f"{sign} {bound}"} for what, value, sign, bound in found]
+
+
+def python_overhead(device: torch.device, *, weights: int = 300, steps: int = 300) -> dict[str, float]:
+    """Medians of a step of many tiny weights, and of the kernel's part of it, in microseconds."""
+    small = [Parameter(torch.randn(8, 8, device=device)) for _ in range(weights)]
+    for weight in small:
+        weight.grad = torch.randn_like(weight)
+    optimizer = Merit(small, fused=True, **SETTINGS)
+    optimizer.step()
+    kernel_seconds: list[float] = []
+    ((_, stepper),) = next(iter(optimizer._works.values()))._steppers
+    kernel_step = stepper._kernel.step
+
+    def timed(*arguments: Any, **options: Any) -> None:
+        start = time.perf_counter()
+        kernel_step(*arguments, **options)
+        kernel_seconds.append(time.perf_counter() - start)
+
+    stepper._kernel = replace(stepper._kernel, step=timed)
+    whole = [_seconds(optimizer.step, device) for _ in range(steps)]
+    beyond = [step - kernel for step, kernel in zip(whole, kernel_seconds, strict=True)]
+    return {"weights": weights, "step": 1e6 * median(whole), "beyond_the_kernel": 1e6 * median(beyond)}
+
+
+def memory_of_a_step() -> dict[str, float]:
+    """This process's peak during a step above what weights, gradients and moments take, in MiB."""
+    weights = gpt2_small(torch.device("cpu"))
+    optimizer = Merit(weights, fused=True, **SETTINGS)
+    for weight in weights:  # DeepSpeed and a resumed run have them before the first step
+        optimizer._moments(weight)["exp_avg"].add_(0)
+        optimizer._moments(weight)["exp_avg_sq"].add_(0)
+    before = _status_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # makes the peak begin now
+    optimizer.step()
+    parameters_mib = sum(weight.numel() for weight in weights) * 4 / 2**20
+    return {"mib": _status_mib("VmHWM") - before, "wanted_at_most_mib": 0.01 * parameters_mib + 64}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the numbers for people."""
+    for name, spent in result["milliseconds"].items():
+        print(f"{name:24}{spent:10.1f} ms")
+    for line in result["ratios"]:
+        print(f"{line['what']:60}{line['is']:8.2f}   (wanted {line['wanted']})")
+    by_ranks = result["milliseconds_by_ranks"]
+    print("one rank of N:", ", ".join(f"{ranks}: {spent:.2f} ms" for ranks, spent in by_ranks.items()))
+    python = result["python_microseconds"]
+    print(
+        f"Python beyond the kernel, {python['weights']} weights: {python['beyond_the_kernel']:.0f} us (wanted <= 200)"
+    )
+    if "memory" in result:
+        memory = result["memory"]
+        print(f"memory of a step: {memory['mib']:.0f} MiB (wanted <= {memory['wanted_at_most_mib']:.0f})")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A bar for each step, with the copy's speed as the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    spent = {name: time for name, time in result["milliseconds"].items() if name != COPY}
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    colours = ["tab:orange" if name.startswith("Merit") else "tab:grey" for name in spent]
+    bars = axes.barh(list(spent), list(spent.values()), color=colours)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    for size, style in ((28, ":"), (40, "--")):
+        limit = result["milliseconds"][COPY] * size / 8
+        axes.axvline(
+            limit, color="black", linestyle=style, linewidth=1, label=f"{size} bytes a parameter, at a copy's speed"
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel(f"ms a step, {result['parameters'] / 1e6:.0f} M parameters (logarithmic)")
+    axes.set_title(f"Optimizer step on {result['device']}, {result['threads']} threads")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def _seconds(step: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_a_fresh_process() -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, "--memory-of-a-step"], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _status_mib(name: str) -> float:
+    lines: Iterable[str] = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: cuda where there is one)",
+    )
+    parser.add_argument("--rounds", type=int, default=11, metavar="N", help="of all steps (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="JSON",
+        help="where the numbers go, and with .png the chart (default: benchmarks/results/optimizer_step_DEVICE.json)",
+    )
+    parser.add_argument("--memory-of-a-step", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        arguments.output = BENCHMARKS / "results" / f"optimizer_step_{torch.device(arguments.device).type}.json"
+    if arguments.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

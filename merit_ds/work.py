@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of `step()` does, again and again: its shards, on whatever devices they lie."""
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merit_ds.fsdp import is_distributed
+from merit_ds.operands import gather
+from merit_ds.ops import select_kernel
+from merit_ds.shard import Shard
+from merit_ds.step import Stepper
+
+State = dict[str, Any]
+"""What an optimizer keeps of a tensor."""
+
+
+class Work:
+    """The steppers of some shards, one for each device, and the tensors' states.
+
+    Looking up a tensor's state calls Python code of torch. For 300 weights that takes as long as the kernel of small
+    ones, so it is done again only when there are other states.
+
+    Args:
+        shards: in an order that all ranks share.
+        groups: the number of each shard's parameter group.
+        fused: which kernel, as for `merit_ds.ops.select_kernel`.
+        check_agreement: whether the first step has to find out if a rank refuses its shard.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], *, groups: Sequence[int], fused: bool | None, check_agreement: bool
+    ) -> None:
+        self.tensors = [shard.tensor for shard in shards]
+        self._shards = shards
+        self._check_agreement = check_agreement
+        self._states: list[State | None] = [None] * len(shards)
+        self._all_states: list[State] = []
+        self._distributed = any(map(is_distributed, self.tensors))
+        self._steppers: list[tuple[list[int], Stepper]] = []
+        for device in dict.fromkeys(tensor.device for tensor in self.tensors):
+            members = [number for number, tensor in enumerate(self.tensors) if tensor.device == device]
+            stepper = Stepper(
+                [shards[number] for number in members],
+                groups=[groups[number] for number in members],
+                kernel=select_kernel(device, fused=fused),
+                device=device,
+            )
+            self._steppers.append((members, stepper))
+
+    def states(
+        self, grads: Sequence[Tensor | None], state: Mapping[Tensor, State], create: Callable[[Tensor], State]
+    ) -> list[State | None]:
+        """The tensors' states; only a tensor that never had a gradient may have none.
+
+        Args:
+            grads: the tensors' gradients.
+            state: the optimizer's.
+            create: returns a tensor's state, a new one where it has none.
+        """
+        known = _same(list(state.values()), self._all_states)
+        if not known or (None in self._states and any(grad is not None for grad in grads)):
+            self._states = [
+                create(tensor) if grad is not None or tensor in state else None
+                for tensor, grad in zip(self.tensors, grads, strict=True)
+            ]
+            self._all_states = list(state.values())
+        return self._states
+
+    def step(
+        self,
+        grads: list[Tensor | None],
+        states: Sequence[State | None],
+        param_groups: Sequence[dict[str, Any]],
+        *,
+        noop: Tensor | None,
+    ) -> None:
+        """Step every shard that has a gradient; see `Stepper.step`.
+
+        Args:
+            grads: the tensors' gradients.
+            states: theirs, too.
+            param_groups: the groups that the shards' numbers mean.
+            noop: one number, on any device; if it is not 0, nothing is changed.
+        """
+        operands = gather(self._shards, grads, states, distributed=self._distributed)
+        for members, stepper in self._steppers:
+            own = operands if len(self._steppers) == 1 else operands.of(members)
+            flag = None if noop is None else noop.to(stepper.device, torch.float32)
+            stepper.step(own, param_groups, noop=flag, check_agreement=self._check_agreement)
+        self._check_agreement = False
+
+
+def _same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether they hold the very same objects."""
+    return len(first) == len(second) and all(map(is_, first, second))

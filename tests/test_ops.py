@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations: tables, the choice of a kernel, what is refused, and that all kernels give the same bits."""
+
+import itertools
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import Parameter
+
+from merit_ds import Merit, UnsupportedError
+from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.ops import schema, select_kernel
+from merit_ds.ops.table import Operands, Tile, cut_tiles, scalars_of, tabulate
+from merit_ds.plan import Plan
+from merit_ds.reference import merit_step
+from merit_ds.shard import Shard
+
+CPU = torch.device("cpu")
+SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+GROUP = {**SETTINGS, "clip": 1.0, "decay_vectors": False, "eps_inside_sqrt": False}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(rows, cols, *, weight=torch.float32, grad=torch.float32):
+    draw = torch.Generator().manual_seed(rows * cols)
+    w, g, m, v = torch.randn(4, rows, cols, generator=draw)
+    return Operands([w.to(weight)], [g.to(grad)], [m], [v.abs()])
+
+
+def arguments(rows, cols):
+    """Tables for one whole matrix."""
+    tiles = tabulate([Tile(0, 0, cols, rows, cols, row_slot=1 + cols, col_slot=1, whole_slot=0, hyper=0)])
+    return {"tiles": tiles, "scalars": torch.tensor(scalars_of(GROUP)), "maxima": torch.zeros(1 + rows + cols, 2)}
+
+
+def elements(tiles):
+    """(position in the tensor, slot of its row, slot of its column) of each element."""
+    return [
+        (
+            tile.offset + row * tile.pitch + col,
+            tile.row_slot + row if tile.row_slot >= 0 else -1,
+            tile.col_slot + col if tile.col_slot >= 0 else -1,
+        )
+        for tile in tiles
+        for row in range(tile.rows)
+        for col in range(tile.cols)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 30)),
+    offset=st.integers(0, 9),
+    vector=st.booleans(),
+    rows=st.integers(1, 5),
+    span=st.sampled_from([4, 8, 16]),
+)
+def test_cut_tiles_cover_every_element_once_and_begin_where_reads_are_aligned(shape, offset, vector, rows, span):
+    size = (1, shape[0] * shape[1]) if vector else shape
+    whole = Tile(0, offset, size[1], *size, *((-1, -1) if vector else (50, 100)), whole_slot=0, hyper=2)
+    tiles = cut_tiles([whole], rows=rows, span=span)
+    assert sorted(elements(tiles)) == sorted(elements([whole]))
+    for tile in tiles:
+        limit = rows * span if vector else span
+        assert tile.rows <= rows and tile.cols + tile.offset % 4 <= limit
+        assert tile.pitch == whole.pitch and (tile.tensor, tile.whole_slot, tile.hyper) == (0, 0, 2)
+        first_col = (tile.offset - offset) % whole.pitch
+        assert first_col == 0 or (first_col + offset) % 4 == 0 or (whole.pitch % 4 and whole.rows > 1)
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("grad", DTYPES)
+def test_fused_is_eager_for_every_dtype(weight, grad):
+    fused, eager = (operands(37, 53, weight=weight, grad=grad) for _ in range(2))
+    for tensors, kernel in ((fused, select_kernel(CPU, fused=True)), (eager, select_kernel(CPU, fused=False))):
+        kernel.step(kernel.preparer()(tensors, CPU), **arguments(37, 53))
+    for ours, theirs in zip(fused, eager, strict=True):
+        assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize("shape", [(150, 301), (3, 1024), (200, 1), (9001,), (1, 500)])
+@pytest.mark.parametrize("slices", [[0, 1], [0, 0.3, 0.31, 1]])
+def test_emulated_cuda_takes_the_tables_that_it_is_given(emulated_cuda, shape, slices):
+    """Whole and cut, with the package's own plan and tiles; the ranks' maxima are reduced by hand."""
+    matrix = Matrix(0, *shape) if len(shape) == 2 else Matrix(0, 1, *shape, is_vector=True)
+    bounds = [int(part * matrix.numel) for part in slices]
+    draw = torch.randn(4, matrix.numel, generator=torch.Generator().manual_seed(matrix.numel))
+    draw[3].abs_()
+    w, g, m, v = (part.clone().view(shape) for part in draw)
+    merit_step(w, g, m, v, **SETTINGS)
+    ranks = []
+    for rank, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        layout = ShardLayout.build([matrix], bounds=bounds, rank=rank)
+        plan = Plan.build([Shard(draw[0], layout, (), wrapper="none", group="all")], groups=[0])
+        tensors = emulated_cuda.preparer()(Operands(*([part[begin:end].clone()] for part in draw)), CPU)
+        common = {
+            "scalars": torch.tensor(scalars_of(GROUP | {"decay_vectors": True})),
+            "maxima": torch.zeros(plan.slots, 2),
+        }
+        for tiles, operation in ((plan.cut, emulated_cuda.accumulate), (plan.alone, emulated_cuda.step)):
+            operation(tensors, tiles=emulated_cuda.table(tiles, CPU), **common)
+        ranks.append((plan, tensors, common))
+    shared = [common["maxima"][plan.data[0].begin : plan.data[0].end] for plan, _, common in ranks]
+    largest = torch.stack(shared).amax(0)
+    for part, (plan, tensors, common) in zip(shared, ranks, strict=True):
+        part.copy_(largest)
+        emulated_cuda.apply(tensors, tiles=emulated_cuda.table(plan.cut, CPU), **common)
+    for index, wanted in ((0, w), (2, m), (3, v)):
+        ours = torch.cat([tensors.operands[index][0] for _, tensors, _ in ranks])
+        assert torch.equal(ours.view(shape), wanted)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "apply", "step"])
+def test_registered_operations_are_what_their_schema_says(name):
+    operation = getattr(torch.ops.merit_ds, name).default
+    found = torch.library.opcheck(operation, (*operands(6, 5), *arguments(6, 5).values()))
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_registered_operations_step_a_matrix():
+    tensors = operands(6, 5)
+    w, g, m, v = (part[0].clone() for part in tensors)
+    merit_step(w, g, m, v, **SETTINGS)
+    torch.ops.merit_ds.step(*tensors, **arguments(6, 5))
+    assert torch.equal(tensors.weights[0], w) and torch.equal(tensors.exp_avg_sqs[0], v)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offset": 1},
+        {"tensor": 1},
+        {"tensor": -1},
+        {"row_slot": 7},
+        {"row_slot": -2},
+        {"col_slot": 8},
+        {"col_slot": -1},
+        {"whole_slot": 12},
+        {"whole_slot": -1},
+        {"hyper": 3},
+        {"rows": 0},
+        {"pitch": 4},
+        {"pitch": 6},
+    ],
+)
+def test_a_table_that_reaches_beyond_its_memory_is_refused(change):
+    with_fault = arguments(6, 5)
+    tile = Tile(*with_fault["tiles"][0].tolist())
+    with_fault["tiles"] = tabulate([tile._replace(**change)])
+    with pytest.raises(ValueError, match="a row of tiles names"):
+        schema.step(*operands(6, 5), **with_fault)
+
+
+def test_tensors_that_no_kernel_can_take_are_refused():
+    w, g, m, v = (part[0] for part in operands(6, 6))
+    for wrong in (
+        Operands([w.t()], [g], [m], [v]),
+        Operands([w], [g[:5]], [m], [v]),
+        Operands([w], [g], [m.bfloat16()], [v]),
+        Operands([w.double()], [g], [m], [v]),
+        Operands([w], [g], [], [v]),
+    ):
+        with pytest.raises(ValueError, match="Merit: "):
+            schema.step(*wrong, **arguments(6, 6))
+
+
+def matrix(rows=6, cols=5, *, seed=0):
+    weight = Parameter(torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)))
+    weight.grad = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1))
+    return weight
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_found_inf_leaves_everything_as_it_was(fused):
+    weight = matrix()
+    before = weight.detach().clone()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, before) and not optimizer.state[weight]["exp_avg"].any()
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_between_forward_and_backward_does_not_pass_unseen(fused):
+    weight = matrix()
+    loss = (weight * weight).sum()
+    Merit([weight], fused=fused, **SETTINGS).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tensors_may_move_between_steps(fused):
+    """New storage for weights, gradients and moments, gradients that are missing for a step, strided ones."""
+    moving, still = ([matrix(seed=seed) for seed in (0, 2)] for _ in range(2))
+    first, second = (Merit(weights, fused=fused, **SETTINGS) for weights in (moving, still))
+    for step in range(5):
+        for weight, other in zip(moving, still, strict=True):
+            other.grad = matrix(seed=10 * step).grad
+            weight.grad = other.grad.t().contiguous().t()
+        if step == 1:
+            moving[1].grad = still[1].grad = None
+        if step == 2:
+            moving[0].data = moving[0].data.clone()
+        if step == 3:
+            state = first.state[moving[0]]
+            state["exp_avg"] = state["exp_avg"].clone()
+            state["exp_avg_sq"].data = state["exp_avg_sq"].data.clone()
+        first.step()
+        second.step()
+    assert all(torch.equal(weight, other) for weight, other in zip(moving, still, strict=True))
+    assert [first.state[weight]["step"] for weight in moving] == [5, 4]
+    moving[0].data = moving[0].data.double()
+    if fused:
+        with pytest.raises(ValueError, match="float64"):
+            first.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_gradient_is_held_after_the_step(fused):
+    weight = matrix()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.step()
+    gradient = weakref.ref(weight.grad)
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+def test_parameters_without_a_gradient_get_no_state():
+    weight, frozen = matrix(), matrix(seed=3)
+    frozen.grad = None
+    optimizer = Merit([weight, frozen], **SETTINGS)
+    optimizer.step()
+    assert frozen not in optimizer.state
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    assert optimizer.state[frozen]["step"] == 1 and optimizer.state[weight]["step"] == 2
+
+
+def test_no_fused_kernel_for_other_devices():
+    with pytest.raises(UnsupportedError, match=r"fused=True.*no fused kernel for meta"):
+        select_kernel(torch.device("meta"), fused=True)
+
+
+SCRIPT = """
+import logging, torch, merit_ds
+weight = torch.nn.Parameter(torch.ones(3, 3))
+weight.grad = torch.ones(3, 3)
+for fused in (None, None, True):
+    try:
+        merit_ds.Merit([weight], lr=0.1, fused=fused).step()
+    except merit_ds.UnsupportedError as error:
+        print("refused:", error)
+"""
+
+
+def test_without_a_compiler_it_warns_once_and_refuses_on_request(tmp_path):
+    environment = {"PATH": "", "TORCH_EXTENSIONS_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stdout.splitlines() if "several times slower" in line]
+    assert len(warnings) == 1 and "CXX" in warnings[0], done.stdout
+    assert "refused: Merit: fused=True, but" in done.stdout
+    assert "kernel eager" in done.stdout
