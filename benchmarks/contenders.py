@@ -2,6 +2,7 @@
 """The optimizer steps that benchmarks/optimizer_step.py holds against each other, over the same weights."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,10 +54,13 @@ def contenders(weights: Sequence[Parameter]) -> dict[str, Step]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         found["DeepSpeedCPUAdam"] = DeepSpeedCPUAdam(weights, **SETTINGS).step
+    both, first, second = passes(weights, _all_cut(weights))
     return found | {
         "LAMB foreach": _lamb(weights),
         "Merit fused, whole": Merit(weights, fused=True, **SETTINGS).step,
-        "Merit fused, all cut": sharded(weights, _all_cut(weights)),
+        "Merit fused, all cut": both,
+        "Merit fused, pass 1": first,
+        "Merit fused, pass 2": second,
         "Merit eager": Merit(weights, fused=False, **SETTINGS).step,
         "MERIT's plain formula": _plain(weights),
     }
@@ -66,28 +70,37 @@ def zero_slice(weights: Sequence[Parameter], *, ranks: int, rank: int) -> Step:
     """The step of one rank's slice under ZeRO-1/2, without the exchange."""
     matrices, length = flat_matrices(weights)
     layout = ShardLayout.build(matrices, bounds=zero_bounds(length, ranks), rank=rank)
-    return sharded([torch.zeros(zero_bounds(length, ranks)[1], device=weights[0].device)], layout)
+    return passes([torch.zeros(zero_bounds(length, ranks)[1], device=weights[0].device)], layout)[0]
 
 
-def sharded(weights: Sequence[Tensor], layout: ShardLayout) -> Step:
-    """The kernels' work for one rank's layout, of a flat tensor or of several taken as one; no other rank is asked."""
+def passes(weights: Sequence[Tensor], layout: ShardLayout) -> tuple[Step, Step, Step]:
+    """The kernels' work for one rank's layout, of a flat tensor or of several taken as one; no other rank is asked.
+
+    Returns:
+        All of it, and of that the first and the second pass over what is cut.
+    """
     flat = torch.cat([weight.detach().view(-1) for weight in weights])
     device, kernel = flat.device, select_kernel(flat.device, fused=True)
     shard = Shard(flat, layout, matrices=(), wrapper="none", group="the other ranks")  # type: ignore[arg-type]
     plan = Plan.build([shard], groups=[0])
     cut, alone = (kernel.table(tiles, device) if tiles else None for tiles in (plan.cut, plan.alone))
     grad = torch.full_like(flat, 1e-3)
-    operands = kernel.preparer()(Operands([flat], [grad], [torch.zeros_like(flat)], [torch.zeros_like(flat)]), device)
+    prepare = kernel.preparer([flat.numel()], device)
+    operands = prepare(Operands([flat], [grad], [torch.zeros_like(flat)], [torch.zeros_like(flat)]))
     maxima = torch.zeros(plan.slots, 2, device=device)
     arguments = {"scalars": torch.tensor(scalars_of(GROUP), device=device), "maxima": maxima}
 
+    def run(operation: Callable[..., None], tiles: Tensor | None) -> None:
+        if tiles is not None:
+            operation(operands, tiles=tiles, **arguments)
+
     def step() -> None:
         maxima.zero_()
-        for operation, tiles in ((kernel.accumulate, cut), (kernel.step, alone), (kernel.apply, cut)):
-            if tiles is not None:
-                operation(operands, tiles=tiles, **arguments)
+        run(kernel.accumulate, cut)
+        run(kernel.step, alone)
+        run(kernel.apply, cut)
 
-    return step
+    return step, partial(run, kernel.accumulate, cut), partial(run, kernel.apply, cut)
 
 
 def _all_cut(weights: Sequence[Parameter]) -> ShardLayout:

@@ -4,7 +4,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
-from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -66,8 +65,9 @@ class Merit(torch.optim.Optimizer):
             they can be built, else plain torch with one warning. All give the same bits.
 
     Attributes:
-        found_inf: None, or one number: where it is not 0 a step changes nothing, without the host having to know, as
-            in a CUDA graph. Set it to what `torch.amp` found, for instance.
+        found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no
+            moment, without the host having to know, as in a CUDA graph; `step` counts all the same. Set it to what
+            `torch.amp` found, for instance.
 
     Raises:
         ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
@@ -92,6 +92,7 @@ class Merit(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
         self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
+        self._agreed: set[Tensor] = set()
         self._works: dict[tuple[Any, ...], Work] = {}
         self._refusal: str | None = None
         defaults = {
@@ -149,11 +150,15 @@ class Merit(torch.optim.Optimizer):
             return loss
         grads = [tensor.grad for tensor in work.tensors]
         states = work.states(grads, self.state, self._moments)
+        operands = work.gather(grads, states)
         try:
-            work.step(grads, states, self.param_groups, noop=self.found_inf)
+            work.step(operands, self.param_groups, noop=self.found_inf, check_agreement=not work.agreed)
         except UnsupportedError as refusal:
             self._refusal = str(refusal)
             raise
+        if not work.agreed:
+            work.agreed = True
+            self._agreed.update(work.tensors)
         self._count(grads, states)
         return loss
 
@@ -179,11 +184,12 @@ class Merit(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
+        self._agreed.clear()
         self._works.clear()
         self._refusal = None
         for tensor, state in pairs:
             for name in MOMENTS:
-                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True)
+                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps the groups only, and a copy under ZeRO would take a flat partition for a vector.
@@ -191,6 +197,7 @@ class Merit(torch.optim.Optimizer):
             **super().__getstate__(),
             "_origins": self._origins,
             "_bound": {},
+            "_agreed": set(),
             "_works": {},
             "_refusal": self._refusal,
             "fused": self.fused,
@@ -203,10 +210,10 @@ class Merit(torch.optim.Optimizer):
                 return origin
         raise UnsupportedError("Merit's param_groups were replaced: change the groups in place, or use add_param_group")
 
-    def _bind(self, group: dict[str, Any]) -> list[Shard]:
-        """The group's shards that were not bound before."""
+    def _bind(self, group: dict[str, Any]) -> None:
+        """Find out what the group's tensors hold, if that is not known."""
         if all(tensor in self._bound for tensor in group["params"]):
-            return []
+            return
         origin = self._origin(group)
         shards = bind(group, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
@@ -219,7 +226,6 @@ class Merit(torch.optim.Optimizer):
                 ],
                 fused=self.fused,
             )
-        return shards
 
     def _work(self) -> Work | None:
         """What this call has to do; None for DeepSpeed's dry run.
@@ -231,14 +237,16 @@ class Merit(torch.optim.Optimizer):
         identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
         if identity in self._works:
             return self._works[identity]
-        newly_bound = [shard for group in self.param_groups for shard in self._bind(group)]
+        for group in self.param_groups:
+            self._bind(group)
         shards = [self._bound[tensor] for tensor in tensors]
-        if newly_bound and self._is_deepspeed_dry_run(shards):
+        if self._is_deepspeed_dry_run(shards):
             for tensor in tensors:
                 self._moments(tensor)
             return None
         groups = [number for number, size in enumerate(sizes) for _ in range(size)]
-        work = Work(shards, groups=groups, fused=self.fused, check_agreement=bool(newly_bound))
+        work = Work(shards, groups=groups, fused=self.fused)
+        work.agreed = self._agreed.issuperset(tensors)
         self._works[identity] = work
         return work
 
@@ -268,10 +276,10 @@ class Merit(torch.optim.Optimizer):
         begin = 0
         for group in self.param_groups:
             end = begin + len(group["params"])
-            members = zip(states[begin:end], grads[begin:end], strict=True)
-            stepped = [state for state, grad in members if state is not None and grad is not None]
-            for state in stepped:
-                state["step"] += 1
-            # Not one more with each call: ZeRO-3 steps a group's tensors in several.
-            group["step"] = max(map(itemgetter("step"), (group, *stepped)))
+            for state, grad in zip(states[begin:end], grads[begin:end], strict=True):
+                if state is not None and grad is not None:
+                    state["step"] += 1
+                    # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+                    if state["step"] > group["step"]:
+                        group["step"] = state["step"]
             begin = end

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from merit_ds.collectives import MaxExchange
 from merit_ds.errors import UnsupportedError
+from merit_ds.fsdp import local_part
 from merit_ds.ops import Kernel
 from merit_ds.ops.table import KINDS, Operands, Scalars, lr_on_device, scalars_of
 from merit_ds.plan import Plan, Region
@@ -50,7 +51,7 @@ class Stepper:
         self._carried = torch.tensor(plan.carried, dtype=torch.int64, device=device).reshape(-1, 2)
         self._rows: list[Scalars] = []
         self._scalars = torch.zeros(0)
-        self._prepare = kernel.preparer()
+        self._prepare = kernel.preparer([local_part(shard.tensor).numel() for shard in shards], device)
 
     def step(
         self,
@@ -74,7 +75,7 @@ class Stepper:
         self._set_scalars(param_groups)
         kernel, cut, split = self._kernel, self._cut, self._split
         arguments = {"scalars": self._scalars, "maxima": self.maxima, "noop": noop}
-        run = partial(_run, self._prepare(operands, self.device), arguments)
+        run = partial(_run, self._prepare(operands), arguments)
         self.maxima.zero_()
         if check_agreement:
             self._tell_problems()
@@ -102,11 +103,16 @@ class Stepper:
         """Bring the scalars to the device, where they stay in one place: a CUDA graph may have captured it."""
         rows = [row for group in param_groups for row in scalars_of(group)]
         if rows != self._rows:
-            self._rows = rows
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError(
+                    "Merit's settings have changed since its last step, and a CUDA graph would not follow them: take a "
+                    "step before the capture, and give lr as a tensor on the GPU"
+                )
             if self._scalars.shape[0] != len(rows):
                 self._scalars = torch.empty(len(rows), len(Scalars._fields), dtype=torch.float32, device=self.device)
             pinned = self.device.type == "cuda"  # else the copy would wait for all work before it
             self._scalars.copy_(torch.tensor(rows, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
+            self._rows = rows
         for number, group in enumerate(param_groups):
             lr = lr_on_device(group)
             if lr is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from merit_ds.log import user_logger
-from merit_ds.ops import select_kernel
+from merit_ds.ops import kernel_name
 from merit_ds.shard import Shard
 
 
@@ -42,7 +42,7 @@ def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, fused: 
         f"{group['weight_decay']:g} ({'all' if group['decay_vectors'] else 'matrices only'})"
         for group, _ in groups
     )
-    kernels = {select_kernel(shard.tensor.device, fused=fused).name for shard in shards}
+    kernels = {kernel_name(shard.tensor.device, fused=fused) for shard in shards}
     cut = sum(len(shard.layout.cut) for shard in shards)
     slots = sum(shard.layout.exchange_size for shard in shards if shard.group is not None)
     slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)

@@ -2,15 +2,18 @@
 """What one call of `step()` does, again and again: its shards, on whatever devices they lie."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merit_ds.fsdp import is_distributed
-from merit_ds.operands import gather
+from merit_ds.errors import UnsupportedError
+from merit_ds.operands import Gatherer
 from merit_ds.ops import select_kernel
+from merit_ds.ops.select import EAGER
+from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard
 from merit_ds.step import Stepper
 
@@ -28,27 +31,35 @@ class Work:
         shards: in an order that all ranks share.
         groups: the number of each shard's parameter group.
         fused: which kernel, as for `merit_ds.ops.select_kernel`.
-        check_agreement: whether the first step has to find out if a rank refuses its shard.
+
+    Attributes:
+        agreed: whether the ranks have found that none of them refuses its shards.
+
+    Raises:
+        UnsupportedError: the shards lie on several devices and process groups, or there is no kernel as `fused` asks.
     """
 
-    def __init__(
-        self, shards: Sequence[Shard], *, groups: Sequence[int], fused: bool | None, check_agreement: bool
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], *, groups: Sequence[int], fused: bool | None) -> None:
         self.tensors = [shard.tensor for shard in shards]
-        self._shards = shards
-        self._check_agreement = check_agreement
+        self.gather = Gatherer(shards)
+        self.agreed = False
         self._states: list[State | None] = [None] * len(shards)
         self._all_states: list[State] = []
-        self._distributed = any(map(is_distributed, self.tensors))
         self._steppers: list[tuple[list[int], Stepper]] = []
-        for device in dict.fromkeys(tensor.device for tensor in self.tensors):
+        devices = list(dict.fromkeys(tensor.device for tensor in self.tensors))
+        if len(devices) > 1 and any(map(_is_shared, shards)):
+            raise UnsupportedError(f"Merit does not support sharded weights on several devices in one step: {devices}")
+        for device in devices:
             members = [number for number, tensor in enumerate(self.tensors) if tensor.device == device]
-            stepper = Stepper(
-                [shards[number] for number in members],
-                groups=[groups[number] for number in members],
-                kernel=select_kernel(device, fused=fused),
-                device=device,
-            )
+            chosen = [shards[number] for number in members]
+            try:
+                kernel = select_kernel(device, fused=fused)
+            except UnsupportedError as refusal:
+                if not any(map(_is_shared, chosen)):
+                    raise
+                # The other ranks may have a kernel and wait in the exchange: it tells them.
+                kernel, chosen = EAGER, [replace(shard, problem=str(refusal)) for shard in chosen]
+            stepper = Stepper(chosen, groups=[groups[number] for number in members], kernel=kernel, device=device)
             self._steppers.append((members, stepper))
 
     def states(
@@ -62,7 +73,7 @@ class Work:
             create: returns a tensor's state, a new one where it has none.
         """
         known = _same(list(state.values()), self._all_states)
-        if not known or (None in self._states and any(grad is not None for grad in grads)):
+        if not known or (None in self._states and any(map(_lacks_state, self._states, grads))):
             self._states = [
                 create(tensor) if grad is not None or tensor in state else None
                 for tensor, grad in zip(self.tensors, grads, strict=True)
@@ -72,26 +83,32 @@ class Work:
 
     def step(
         self,
-        grads: list[Tensor | None],
-        states: Sequence[State | None],
+        operands: Operands,
         param_groups: Sequence[dict[str, Any]],
         *,
         noop: Tensor | None,
+        check_agreement: bool,
     ) -> None:
         """Step every shard that has a gradient; see `Stepper.step`.
 
         Args:
-            grads: the tensors' gradients.
-            states: theirs, too.
+            operands: made by `gather`.
             param_groups: the groups that the shards' numbers mean.
             noop: one number, on any device; if it is not 0, nothing is changed.
+            check_agreement: whether this step has to find out if a rank refuses its shard.
         """
-        operands = gather(self._shards, grads, states, distributed=self._distributed)
         for members, stepper in self._steppers:
             own = operands if len(self._steppers) == 1 else operands.of(members)
             flag = None if noop is None else noop.to(stepper.device, torch.float32)
-            stepper.step(own, param_groups, noop=flag, check_agreement=self._check_agreement)
-        self._check_agreement = False
+            stepper.step(own, param_groups, noop=flag, check_agreement=check_agreement)
+
+
+def _lacks_state(state: State | None, grad: Tensor | None) -> bool:
+    return state is None and grad is not None
+
+
+def _is_shared(shard: Shard) -> bool:
+    return shard.group is not None or shard.tensor_group is not None
 
 
 def _same(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -2,6 +2,7 @@
 """Special values across ranks: float MAX in gloo drops a NaN that one rank alone holds."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from merit_ds.collectives import MaxExchange
+from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.ops import select_kernel
 from merit_ds.ops.table import Operands
 from merit_ds.reference import merit_step
 from merit_ds.shard import Shard
 from merit_ds.step import Stepper
+from merit_ds.validation import MOMENTS as MOMENT_NAMES
+from merit_ds.work import Work
 
 TINY = 2.0**-149
 # rank 0's value, rank 1's, the maximum
@@ -96,6 +100,26 @@ def _step_all(rank, cases):
 
 def test_special_values_cross_the_ranks_as_they_cross_a_matrix():
     run_ranks(3, _step_all, 150)
+
+
+def _without_a_kernel_on_one_rank(rank, folder):
+    if rank == 1:
+        os.environ.update(CXX="/nonexistent/c++", TORCH_EXTENSIONS_DIR=folder)
+    matrix = Matrix(0, 4, 4)
+    layout = ShardLayout.build([matrix], bounds=[0, 7, 16], rank=rank)
+    weight = torch.ones(layout.cut[0].numel)
+    work = Work([Shard(weight, layout, (matrix,), "none", group=dist.group.WORLD)], groups=[0], fused=True)
+    operands = work.gather([torch.ones_like(weight)], [{name: torch.zeros_like(weight) for name in MOMENT_NAMES}])
+    with pytest.raises(UnsupportedError) as refusal:
+        work.step(operands, [SETTINGS | {"eps": 1e-6}], noop=None, check_agreement=True)
+    assert bool((weight == 1).all())
+    return str(refusal.value)
+
+
+def test_a_rank_that_cannot_build_the_kernel_it_must_have_tells_the_others(tmp_path):
+    other, refusing = run_ranks(2, _without_a_kernel_on_one_rank, str(tmp_path))
+    assert "fused=True" in refusing and "CXX" in refusing
+    assert "another rank refuses" in other
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from merit_ds import Merit, UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
-from merit_ds.ops import schema, select_kernel
+from merit_ds.ops import select_kernel
 from merit_ds.ops.table import Operands, Tile, cut_tiles, scalars_of, tabulate
 from merit_ds.plan import Plan
 from merit_ds.reference import merit_step
@@ -78,7 +78,7 @@ def test_cut_tiles_cover_every_element_once_and_begin_where_reads_are_aligned(sh
 def test_fused_is_eager_for_every_dtype(weight, grad):
     fused, eager = (operands(37, 53, weight=weight, grad=grad) for _ in range(2))
     for tensors, kernel in ((fused, select_kernel(CPU, fused=True)), (eager, select_kernel(CPU, fused=False))):
-        kernel.step(kernel.preparer()(tensors, CPU), **arguments(37, 53))
+        kernel.step(kernel.preparer([37 * 53], CPU)(tensors), **arguments(37, 53))
     for ours, theirs in zip(fused, eager, strict=True):
         assert torch.equal(ours[0], theirs[0])
 
@@ -97,7 +97,8 @@ def test_emulated_cuda_takes_the_tables_that_it_is_given(emulated_cuda, shape, s
     for rank, (begin, end) in enumerate(itertools.pairwise(bounds)):
         layout = ShardLayout.build([matrix], bounds=bounds, rank=rank)
         plan = Plan.build([Shard(draw[0], layout, (), wrapper="none", group="all")], groups=[0])
-        tensors = emulated_cuda.preparer()(Operands(*([part[begin:end].clone()] for part in draw)), CPU)
+        prepare = emulated_cuda.preparer([end - begin], CPU)
+        tensors = prepare(Operands(*([part[begin:end].clone()] for part in draw)))
         common = {
             "scalars": torch.tensor(scalars_of(GROUP | {"decay_vectors": True})),
             "maxima": torch.zeros(plan.slots, 2),
@@ -146,6 +147,10 @@ def test_registered_operations_step_a_matrix():
         {"rows": 0},
         {"pitch": 4},
         {"pitch": 6},
+        {"offset": 2**63 - 1},
+        {"row_slot": 2**63 - 2},
+        {"hyper": 2**63 - 1},
+        {"pitch": 2**62},
     ],
 )
 def test_a_table_that_reaches_beyond_its_memory_is_refused(change):
@@ -153,7 +158,7 @@ def test_a_table_that_reaches_beyond_its_memory_is_refused(change):
     tile = Tile(*with_fault["tiles"][0].tolist())
     with_fault["tiles"] = tabulate([tile._replace(**change)])
     with pytest.raises(ValueError, match="a row of tiles names"):
-        schema.step(*operands(6, 5), **with_fault)
+        torch.ops.merit_ds.step(*operands(6, 5), **with_fault)
 
 
 def test_tensors_that_no_kernel_can_take_are_refused():
@@ -166,7 +171,7 @@ def test_tensors_that_no_kernel_can_take_are_refused():
         Operands([w], [g], [], [v]),
     ):
         with pytest.raises(ValueError, match="Merit: "):
-            schema.step(*wrong, **arguments(6, 6))
+            torch.ops.merit_ds.step(*wrong, **arguments(6, 6))
 
 
 def matrix(rows=6, cols=5, *, seed=0):
@@ -222,6 +227,69 @@ def test_tensors_may_move_between_steps(fused):
     if fused:
         with pytest.raises(ValueError, match="float64"):
             first.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_no_longer_fits_is_refused_and_nothing_is_written(fused):
+    """Other strides, another size, a sparse gradient; after each the optimizer goes on once it is put right."""
+    weight = matrix(6, 6)
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.step()
+    right, moment = weight.data, optimizer.state[weight]["exp_avg"]
+    grad, before = weight.grad, weight.detach().clone()
+
+    def refused(change, match):
+        change()
+        with pytest.raises((UnsupportedError, ValueError), match=match):
+            optimizer.step()
+        weight.grad = None
+        weight.data, weight.grad, optimizer.state[weight]["exp_avg"] = right, grad, moment
+        assert torch.equal(weight, before)
+
+    def transpose():
+        weight.data = weight.data.t()
+
+    def shrink():
+        weight.data, weight.grad = right.view(-1)[:12].view(2, 6), None
+        weight.grad = torch.ones(2, 6)
+
+    def stride_a_moment():
+        optimizer.state[weight]["exp_avg"] = torch.zeros(6, 12)[:, ::2]
+
+    def sparse():
+        weight.grad = torch.eye(6).to_sparse()
+
+    refused(transpose, "contiguous")
+    refused(shrink, "changes its size")
+    refused(stride_a_moment, "contiguous")
+    refused(sparse, "sparse")
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_lazily_negated_gradient_is_what_it_says(fused):
+    plain, lazy = matrix(), matrix()
+    plain.grad.neg_()
+    lazy.grad = torch._neg_view(lazy.grad)
+    for weight in (plain, lazy):
+        Merit([weight], fused=fused, **SETTINGS).step()
+    assert torch.equal(plain, lazy)
+
+
+def test_a_learning_rate_on_a_device_leaves_no_trace_when_it_is_gone(monkeypatch):
+    """The host does not know its value; a float of any value must be seen as a change."""
+    weight, other = matrix(), matrix()
+    optimizer, plain = Merit([weight], **SETTINGS), Merit([other], **SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("merit_ds.step.lr_on_device", lambda group: torch.tensor(0.1))
+        patch.setattr("merit_ds.ops.table.lr_on_device", lambda group: torch.tensor(0.1))
+        optimizer.step()
+    plain.step()
+    optimizer.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    plain.step()
+    assert torch.equal(weight, other)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -142,8 +142,10 @@ class Rank:
     def run(self, operation, tiles):
         """One operation over one phase's rectangles."""
         if tiles:
-            operands = self.kernel.preparer()(Operands(*([part] for part in self.slices)), torch.device("cpu"))
-            table = self.kernel.table(tiles, torch.device("cpu"))
+            cpu = torch.device("cpu")
+            prepare = self.kernel.preparer([self.slices[0].numel()], cpu)
+            table = self.kernel.table(tiles, cpu)
+            operands = prepare(Operands(*([part] for part in self.slices)))
             getattr(self.kernel, operation)(operands, tiles=table, scalars=self.scalars, maxima=self.maxima)
 
 

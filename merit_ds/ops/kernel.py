@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an implementation of the operations offers. All implementations give the same bits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ class Kernel:
         accumulate, apply, step: the operations, called as those of `merit_ds.ops.eager`, with what a preparer returned
             in the operands' place.
         table: makes the rectangles' table on the operands' device, or where the implementation wants it.
-        preparer: makes a function that turns the operands of each step on a device into what the operations take. It
-            may remember what spares it work in the next step, but no gradient: that would hold its memory.
+        preparer: for weights of given sizes on a device, makes a function that turns the operands of each step into
+            what the operations take, or raises ValueError. It may remember what spares it work in the next step, but
+            no gradient: that would hold its memory.
     """
 
     name: str
@@ -29,4 +30,4 @@ class Kernel:
     apply: Callable[..., None]
     step: Callable[..., None]
     table: Callable[[Iterable[Tile], torch.device], Tensor]
-    preparer: Callable[[], Callable[[Operands, torch.device], Any]]
+    preparer: Callable[[Sequence[int], torch.device], Callable[[Operands], Any]]

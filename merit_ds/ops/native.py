@@ -2,6 +2,7 @@
 """The fused kernels behind their plain C interface, `merit_ds/csrc/merit_abi.h`."""
 
 import ctypes
+import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,21 +41,23 @@ class _Prepared:
 class _Preparer:
     """Fills the records of a step's tensors, which takes longer than to see that nothing has moved since the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self._sizes = sizes
+        self._device = device
         self._addresses: list[int] = []
         self._dtypes: list[torch.dtype | None] = []
         self._records = array("q")
 
-    def __call__(self, operands: Operands, device: torch.device) -> _Prepared:
+    def __call__(self, operands: Operands) -> _Prepared:
         weights, grads, exp_avgs, exp_avg_sqs = operands
         addresses = _addresses((*weights, *exp_avgs, *exp_avg_sqs, *grads))
         dtypes = [None if tensor is None else tensor.dtype for tensor in grads]
         if addresses != self._addresses or dtypes != self._dtypes:
             kept = 3 * len(weights)
-            if addresses[:kept] != self._addresses[:kept]:
-                check_operands(operands, device)
-            self._addresses, self._dtypes = addresses, dtypes
+            if addresses[:kept] != self._addresses[:kept] or dtypes != self._dtypes:
+                check_operands(operands, sizes=self._sizes, device=self._device)
             self._records = _records(addresses, [tensor.dtype for tensor in weights], dtypes)
+            self._addresses, self._dtypes = addresses, dtypes
         return _Prepared(operands, self._records)
 
 
@@ -84,6 +87,7 @@ def _run(
     scalars: Tensor,
     maxima: Tensor,
     noop: Tensor | None = None,
+    changes_weights: bool,
 ) -> None:
     device = maxima.device
     on_cuda = device.type == "cuda"
@@ -102,18 +106,20 @@ def _run(
     error = function(ctypes.byref(batch))
     if error is not None:
         raise RuntimeError(f"Merit's {device.type} kernel: {error.decode()}")
-    # The kernel wrote behind torch's back: a backward pass that still needs the old weights must not pass unseen.
-    torch.autograd.graph.increment_version(prepared.operands.weights)
+    if changes_weights:
+        # Behind torch's back: a backward pass that still needs the old weights must not pass unseen.
+        torch.autograd.graph.increment_version(prepared.operands.weights)
 
 
 def cpu_kernel(library: ctypes.CDLL | None = None) -> Kernel:
     """The C++ kernel, from its library or built."""
     library = library or CPUMeritBuilder().load()
     library.merit_capability.restype = ctypes.c_char_p
-    capability = library.merit_capability()
-    if capability is None:
-        raise BuildError("MERIT_CPU_CAPABILITY names what this machine does not have: unset it")
-    return _kernel(f"fused CPU ({capability.decode()})", library, lambda tiles, device: tabulate(tiles))
+    capability = library.merit_capability().decode()
+    if capability == "none":
+        wanted = os.environ.get("MERIT_CPU_CAPABILITY")
+        raise BuildError(f"MERIT_CPU_CAPABILITY={wanted} is not one that this machine has: unset it")
+    return _kernel(f"fused CPU ({capability})", library, lambda tiles, device: tabulate(tiles))
 
 
 def cuda_kernel(library: ctypes.CDLL | None = None) -> Kernel:
@@ -129,13 +135,16 @@ def cuda_kernel(library: ctypes.CDLL | None = None) -> Kernel:
 
 
 def _kernel(name: str, library: ctypes.CDLL, table: Callable[[Iterable[Tile], torch.device], Tensor]) -> Kernel:
-    accumulate, apply, step = (
-        partial(_run, _function(library, f"merit_{name}")) for name in ("accumulate", "apply", "step")
+    def operation(symbol: str, *, changes_weights: bool) -> Callable[..., None]:
+        function = library[symbol]
+        function.restype = ctypes.c_char_p
+        return partial(_run, function, changes_weights=changes_weights)
+
+    return Kernel(
+        name=name,
+        accumulate=operation("merit_accumulate", changes_weights=False),
+        apply=operation("merit_apply", changes_weights=True),
+        step=operation("merit_step", changes_weights=True),
+        table=table,
+        preparer=_Preparer,
     )
-    return Kernel(name, accumulate, apply, step, table=table, preparer=_Preparer)
-
-
-def _function(library: ctypes.CDLL, symbol: str) -> "ctypes._NamedFuncPointer":
-    function = library[symbol]
-    function.restype = ctypes.c_char_p
-    return function

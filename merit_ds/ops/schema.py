@@ -38,20 +38,21 @@ def _define(name: str) -> Callable[..., None]:
         kernel = select_kernel(maxima.device)
         table = kernel.table([Tile(*row) for row in tiles.tolist()], maxima.device)
         run = getattr(kernel, name)
-        run(kernel.preparer()(operands, maxima.device), tiles=table, scalars=scalars, maxima=maxima, noop=noop)
+        prepare = kernel.preparer([weight.numel() for weight in weights], maxima.device)
+        run(prepare(operands), tiles=table, scalars=scalars, maxima=maxima, noop=noop)
 
-    operation.__doc__ = f"{_PURPOSE[name]} Arguments as in `merit_ds.ops.eager`."
+    operation.__doc__ = f"{_PURPOSE[name]} Arguments as in `merit_ds.ops.eager`, the operands one by one."
     custom = torch.library.custom_op(
         f"merit_ds::{name}", operation, mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "maxima")
     )
     custom.register_fake(lambda *arguments, **options: None)
-    return operation
+    return custom
 
 
 def check(operands: Operands, *, tiles: Tensor, scalars: Tensor, maxima: Tensor, noop: Tensor | None) -> None:
     """Raise ValueError for arguments with which a kernel would read or write memory that is not theirs."""
     device = maxima.device
-    check_operands(operands, device)
+    check_operands(operands, sizes=[weight.numel() for weight in operands.weights], device=device)
     _require("scalars", scalars, torch.float32, (None, len(Scalars._fields)), device)
     _require("maxima", maxima, torch.float32, (None, 2), device)
     _require("tiles", tiles, torch.int64, (None, len(Tile._fields)), torch.device("cpu"))
@@ -76,17 +77,29 @@ def _check_bounds(operands: Operands, tiles: Tensor, *, slots: int, rows: int) -
     column = dict(zip(Tile._fields, tiles.unbind(1), strict=True))
 
     def within(name: str, count: Tensor | int, limit: Tensor | int, *, or_none: bool = False) -> bool:
-        """Whether [first, first + count) lies in [0, limit), or the first is -1 where that means none."""
+        """Whether [first, first + count) lies in [0, limit), or the first is -1 where that means none.
+
+        Counts are no larger than a tensor, so that nothing here overflows.
+        """
         first = column[name]
-        return bool((((first >= 0) & (first + count <= limit)) | ((first == -1) & or_none)).all())
+        return bool((((first >= 0) & (first <= limit - count)) | ((first == -1) & or_none)).all())
 
     height, width, pitch = column["rows"], column["cols"], column["pitch"]
     has_rows, has_cols = column["row_slot"] >= 0, column["col_slot"] >= 0
-    sizes = torch.tensor([weight.numel() for weight in operands.weights])
+    if not within("tensor", 1, len(operands.weights)):
+        raise ValueError("merit_ds: a row of tiles names a tensor that is not there")
+    sizes = torch.tensor([weight.numel() for weight in operands.weights])[column["tensor"]]
     fits = (
-        bool(((height > 0) & (width > 0) & (pitch >= width)).all())
-        and within("tensor", 1, len(sizes))
-        and within("offset", (height - 1) * pitch + width, sizes[column["tensor"]])
+        bool(
+            (
+                (height > 0)
+                & (width > 0)
+                & (pitch >= width)
+                & (pitch <= sizes)
+                & (height <= sizes // pitch.clamp(1) + 1)
+            ).all()
+        )
+        and within("offset", (height - 1) * pitch + width, sizes)
         and within("row_slot", height, slots, or_none=True)
         and within("col_slot", width, slots, or_none=True)
         and within("whole_slot", 1, slots, or_none=True)
@@ -97,4 +110,5 @@ def _check_bounds(operands: Operands, tiles: Tensor, *, slots: int, rows: int) -
         raise ValueError("merit_ds: a row of tiles names elements, slots or scalars that are not there")
 
 
-accumulate, apply, step = map(_define, _PURPOSE)
+OPERATIONS = {name: _define(name) for name in _PURPOSE}
+"""By name, as registered."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation of the operations to use: plain torch, C++ for the CPU, CUDA."""
 
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -12,7 +13,16 @@ from merit_ds.ops import eager
 from merit_ds.ops.builder import BuildError
 from merit_ds.ops.kernel import Kernel
 from merit_ds.ops.native import cpu_kernel, cuda_kernel
-from merit_ds.ops.table import tabulate
+from merit_ds.ops.table import Operands, check_operands, tabulate
+
+
+def _checker(sizes: Sequence[int], device: torch.device) -> Callable[[Operands], Operands]:
+    def check(operands: Operands) -> Operands:
+        check_operands(operands, sizes=sizes, device=device)
+        return operands
+
+    return check
+
 
 EAGER = Kernel(
     name="eager",
@@ -20,7 +30,7 @@ EAGER = Kernel(
     apply=eager.apply,
     step=eager.step,
     table=lambda tiles, device: tabulate(tiles),
-    preparer=lambda: lambda operands, device: operands,
+    preparer=_checker,
 )
 
 
@@ -43,6 +53,14 @@ def select_kernel(device: torch.device, *, fused: bool | None = None) -> Kernel:
         raise UnsupportedError(f"Merit: fused=True, but {found}; or leave fused out to run on plain torch operations")
     _warn_once(found)
     return EAGER
+
+
+def kernel_name(device: torch.device, *, fused: bool | None) -> str:
+    """What `select_kernel` would choose, for people."""
+    try:
+        return select_kernel(device, fused=fused).name
+    except UnsupportedError:
+        return "none"
 
 
 @cache

@@ -34,28 +34,32 @@ class Operands(NamedTuple):
         return Operands(weights, *([tensors[number] for number in numbers] for tensors in self[1:]))
 
 
-def check_operands(operands: Operands, device: torch.device) -> None:
-    """Raise ValueError for tensors that a kernel on that device cannot take."""
+def check_operands(operands: Operands, *, sizes: Sequence[int], device: torch.device) -> None:
+    """Raise ValueError for tensors that a kernel cannot take.
+
+    Args:
+        sizes: the elements that each weight must have.
+        device: where all must lie.
+    """
     counts = [len(tensors) for tensors in operands]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"Merit: weights, gradients and the two moments are {counts} tensors: it takes as many of each"
-        )
-    for weight, *others in zip(*operands, strict=True):
-        if others[0] is not None and any(moment is None for moment in others[1:]):
+    if any(count != len(sizes) for count in counts):
+        raise ValueError(f"Merit: {counts} weights, gradients, first and second moments are not {len(sizes)} of each")
+    for size, weight, grad, *moments in zip(sizes, *operands, strict=True):
+        if grad is not None and any(moment is None for moment in moments):
             raise ValueError("Merit: a weight has a gradient and no moments")
-        allowed = (DTYPES, DTYPES, (torch.float32,), (torch.float32,))
-        for tensor, dtypes in zip((weight, *others), allowed, strict=True):
-            if tensor is None:
-                continue
-            if tensor.dtype not in dtypes:
-                raise ValueError(f"Merit: a tensor is {tensor.dtype}, but it must be one of {dtypes}")
-            if tensor.device != device or not tensor.is_contiguous() or tensor.numel() != weight.numel():
-                raise ValueError(
-                    "Merit: a weight, its gradient and its moments must be contiguous, of one size and on one device: "
-                    f"a tensor of {tuple(tensor.shape)} on {tensor.device} is not (expected {tuple(weight.shape)} on "
-                    f"{device}); was its .data replaced after the first step?"
-                )
+        for tensor, dtypes in ((weight, DTYPES), (grad, DTYPES), *((moment, (torch.float32,)) for moment in moments)):
+            if tensor is not None:
+                _check_tensor(tensor, dtypes, size, device)
+
+
+def _check_tensor(tensor: Tensor, dtypes: Sequence[torch.dtype], size: int, device: torch.device) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"Merit: a tensor is {tensor.dtype}, but it must be one of {dtypes}")
+    if tensor.device != device or not tensor.is_contiguous() or tensor.numel() != size:
+        raise ValueError(
+            f"Merit: a weight, its gradient and its moments must be contiguous, of {size} elements, on {device}, and "
+            f"one of {tuple(tensor.shape)} on {tensor.device} is not: was its .data replaced after the first step?"
+        )
 
 
 class Tile(NamedTuple):
@@ -119,7 +123,7 @@ def lr_on_device(group: dict[str, Any]) -> Tensor | None:
 def scalars_of(group: dict[str, Any]) -> list[Scalars]:
     """A group's rows, by kind, as Python doubles; whoever makes a tensor of them rounds once to float32.
 
-    A learning rate on a device is left 0: it is for the caller to copy there.
+    A learning rate on a device is left NaN: it is for the caller to copy there.
     """
     beta1, beta2 = group["betas"]
     eps, inside = float(group["eps"]), group["eps_inside_sqrt"]
@@ -131,7 +135,7 @@ def scalars_of(group: dict[str, Any]) -> list[Scalars]:
         eps_inside=eps if inside else 0.0,
         eps_outside=0.0 if inside else eps,
         weight_decay=float(group["weight_decay"]),
-        lr=float(group["lr"]) if lr_on_device(group) is None else 0.0,
+        lr=float(group["lr"]) if lr_on_device(group) is None else math.nan,
         clip=math.inf if group["clip"] is None else float(group["clip"]),
     )
     undecayed = matrix._replace(weight_decay=0.0)
