@@ -18,6 +18,12 @@ namespace merit {
 // How many elements before their use memory is asked for: a processor's own prefetcher stops at the end of a page.
 constexpr int64_t AHEAD = 256;
 
+// From a row's start: AHEAD elements on, which may be in the block's next row.
+MERIT_INLINE int64_t place_ahead(int64_t col, const Block& block) {
+    const int64_t ahead = col + AHEAD;
+    return ahead < block.cols ? ahead : ahead - block.cols + block.pitch;
+}
+
 template <class Lanes, class W, class G>
 void first_pass(Block& block) {
     using F = typename Lanes::F;
@@ -34,11 +40,12 @@ void first_pass(Block& block) {
         U row_weight(0u), row_update(0u);
         for (int64_t col = 0; col < cols; col += Lanes::WIDTH) {
             const Lanes lanes(cols - col);
+            const int64_t ahead = place_ahead(col, block);
             if constexpr (Lanes::WIDTH > 1) {
-                __builtin_prefetch(weights + col + AHEAD);
-                __builtin_prefetch(grads + col + AHEAD, 0, 2);  // not into L1: the others are used again
-                __builtin_prefetch(exp_avg + col + AHEAD, 1);
-                __builtin_prefetch(exp_avg_sq + col + AHEAD, 1);
+                __builtin_prefetch(weights + ahead);
+                __builtin_prefetch(grads + ahead, 0, 2);  // not into L1: the others are used again
+                __builtin_prefetch(exp_avg + ahead, 1);
+                __builtin_prefetch(exp_avg_sq + ahead, 1);
             }
             const F w = lanes.load(weights + col);
             F m = lanes.load(exp_avg + col), v = lanes.load(exp_avg_sq + col);
@@ -81,10 +88,11 @@ void second_pass(const Block& block) {
         const U row_ratio = maxima ? ratio<F, U>(U(maxima->weight), U(maxima->update)) : whole_ratio;
         for (int64_t col = 0; col < cols; col += Lanes::WIDTH) {
             const Lanes lanes(cols - col);
+            const int64_t ahead = place_ahead(col, block);
             if constexpr (Lanes::WIDTH > 1) {
-                __builtin_prefetch(weights + col + AHEAD, 1);
-                __builtin_prefetch((updates ? updates : exp_avg) + col + AHEAD);
-                if (!updates) __builtin_prefetch(exp_avg_sq + col + AHEAD);
+                __builtin_prefetch(weights + ahead, 1);
+                __builtin_prefetch((updates ? updates : exp_avg) + ahead);
+                if (!updates) __builtin_prefetch(exp_avg_sq + ahead);
             }
             const F w = lanes.load(weights + col);
             const F u = updates ? lanes.load(updates + col)
