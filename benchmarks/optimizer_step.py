@@ -193,7 +193,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Optimizer step on {result['device']}, {result['threads']} threads")
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=130)
 
 

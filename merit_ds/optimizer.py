@@ -62,7 +62,7 @@ class Merit(torch.optim.Optimizer):
             says; True obeys the group.
         eps_inside_sqrt: sqrt(v + eps), as the paper prints it.
         fused: True for the compiled kernels or an error; False for plain torch operations; None for the kernels where
-            they can be built, else plain torch with one warning. All give the same bits.
+            they can be built, else plain torch with one warning. All give the same bits. Read in the first step.
 
     Attributes:
         found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no

@@ -3,6 +3,17 @@
 
 import numpy as np
 
+GROUP = {
+    "lr": 0.1,
+    "betas": (0.9, 0.95),
+    "eps": 1e-6,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "decay_vectors": False,
+    "eps_inside_sqrt": False,
+}
+"""A parameter group's settings, as Merit has them."""
+
 
 def numpy_step(w, g, m, v, *, lr, beta1, beta2, eps, weight_decay, clip=1.0, eps_inside_sqrt=False, scaled=True):
     """One step in float32, one rounding for each operation; returns (w, m, v). `scaled=False`: no trust ratio."""

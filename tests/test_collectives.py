@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from oracle import GROUP
 from ranks import run_ranks
 
 from merit_ds.collectives import MaxExchange
@@ -50,7 +51,7 @@ def test_maxima_are_exact_and_keep_nan():
 
 SPECIAL = (0.0, -0.0, TINY, -1e-40, 1e-38, 3e38, math.inf, -math.inf, math.nan)
 MOMENTS = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
-SETTINGS = {**MOMENTS, "clip": 1.0, "decay_vectors": True, "eps_inside_sqrt": False}
+SETTINGS = GROUP | {"decay_vectors": True}
 
 
 def random_case(seed, world):
@@ -86,8 +87,7 @@ def _step_all(rank, cases):
         shard = Shard(weight, layout, tuple(matrices), wrapper="none", group=dist.group.WORLD)
         kernel = select_kernel(weight.device, fused=[None, False][seed // 2 % 2])
         stepper = Stepper([shard], groups=[0], kernel=kernel, device=weight.device)
-        group = {**SETTINGS, "eps": eps}
-        stepper.step(Operands([weight], [grad], [m], [v]), [group], check_agreement=seed % 2 == 0)
+        stepper.step(Operands([weight], [grad], [m], [v]), [SETTINGS | {"eps": eps}], check_agreement=seed % 2 == 0)
         for matrix in matrices:
             shape = (matrix.cols,) if matrix.is_vector else (matrix.rows, matrix.cols)
             whole = [part[matrix.start : matrix.stop].view(shape) for part in buffers]
@@ -111,7 +111,7 @@ def _without_a_kernel_on_one_rank(rank, folder):
     work = Work([Shard(weight, layout, (matrix,), "none", group=dist.group.WORLD)], groups=[0], fused=True)
     operands = work.gather([torch.ones_like(weight)], [{name: torch.zeros_like(weight) for name in MOMENT_NAMES}])
     with pytest.raises(UnsupportedError) as refusal:
-        work.step(operands, [SETTINGS | {"eps": 1e-6}], noop=None, check_agreement=True)
+        work.step(operands, [SETTINGS], noop=None, check_agreement=True)
     assert bool((weight == 1).all())
     return str(refusal.value)
 

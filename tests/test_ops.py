@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import GROUP
 from torch.nn import Parameter
 
 from merit_ds import Merit, UnsupportedError
@@ -21,8 +22,7 @@ from merit_ds.reference import merit_step
 from merit_ds.shard import Shard
 
 CPU = torch.device("cpu")
-SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-GROUP = {**SETTINGS, "clip": 1.0, "decay_vectors": False, "eps_inside_sqrt": False}
+SETTINGS = {name: GROUP[name] for name in ("lr", "betas", "eps", "weight_decay")}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

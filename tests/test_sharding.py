@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import numpy_step
+from oracle import GROUP, numpy_step
 
 import merit_ds.megatron
 from merit_ds.layout import ShardLayout
@@ -24,15 +24,6 @@ from merit_ds.step import Stepper
 
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, inf, -inf, nan)
 SETTINGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6}
-GROUP = {
-    "lr": 0.1,
-    "betas": (0.9, 0.95),
-    "eps": 1e-6,
-    "weight_decay": 0.1,
-    "clip": 1.0,
-    "decay_vectors": False,
-    "eps_inside_sqrt": False,
-}
 
 
 @dataclass(frozen=True)
