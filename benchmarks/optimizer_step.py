@@ -242,6 +242,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--memory-of-a-step", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: PyTorch sees no GPU here")
     if arguments.output is None:
         arguments.output = BENCHMARKS / "results" / f"optimizer_step_{torch.device(arguments.device).type}.json"
     if arguments.device == "cpu":
