@@ -16,7 +16,7 @@ import pytest
 from emulation.compiler import run_sanitized
 
 from merit_ds.ops.builder import CPUMeritBuilder
-from merit_ds.ops.builder.toolchain import BuildError, compile_library
+from merit_ds.ops.builder.toolchain import compile_library
 
 CASES = Path(__file__).with_name("cpu_kernel_cases.py")
 ON_X86 = platform.machine() == "x86_64"
@@ -27,12 +27,8 @@ REFUSED = "is not one that this processor offers"
 def build(folder, *flags):
     """The library as the builder makes it, and with more flags."""
     builder = CPUMeritBuilder()
-    try:
-        compiler = builder.recipe().compilers[0]
-    except BuildError as error:
-        pytest.skip(str(error))
     compile_library(
-        compiler,
+        builder.recipe().compilers[0],
         {builder.ROOT / source: own for source, own in builder.source_args().items()},
         folder / "merit.so",
         arguments=[*builder.cxx_args(), *flags],

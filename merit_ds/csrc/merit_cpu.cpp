@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU's side of merit_abi.h: which thread does what, and which instruction set they use.
+#include <algorithm>
 #include <cfenv>
 #include <cstdio>
 #include <cstdlib>
@@ -202,28 +203,26 @@ int64_t largest(const Spans& spans) {
     return result;
 }
 
-void accumulate(const Work& work, const Kernels& kernels, int threads) {
+// One pass over everything; the second goes backwards.
+void one_pass(const Work& work, const Kernels& kernels, int threads, void (Worker::*pass)(Span), bool backwards) {
     Spans jobs;
     append_pieces(jobs, work, work.all());
+    if (backwards) std::reverse(jobs.begin(), jobs.end());
 #pragma omp parallel num_threads(threads)
     {
         const DefaultRounding rounding;
         Worker worker(work, kernels, nullptr, 0);
 #pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < jobs.size(); ++i) worker.first_pass(jobs[i]);
+        for (size_t i = 0; i < jobs.size(); ++i) (worker.*pass)(jobs[i]);
     }
 }
 
+void accumulate(const Work& work, const Kernels& kernels, int threads) {
+    one_pass(work, kernels, threads, &Worker::first_pass, false);
+}
+
 void apply(const Work& work, const Kernels& kernels, int threads) {
-    Spans jobs;
-    append_pieces(jobs, work, work.all());
-#pragma omp parallel num_threads(threads)
-    {
-        const DefaultRounding rounding;
-        Worker worker(work, kernels, nullptr, 0);
-#pragma omp for schedule(dynamic)
-        for (size_t i = jobs.size(); i > 0; --i) worker.second_pass(jobs[i - 1]);
-    }
+    one_pass(work, kernels, threads, &Worker::second_pass, true);
 }
 
 void step(const Work& work, const Kernels& kernels, int threads) {

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step is handed from one call to the next: tensors that move, change or are missing, flags, learning rates."""
+
+import weakref
+
+import pytest
+import torch
+from oracle import GROUP
+from torch.nn import Parameter
+
+from merit_ds import Merit, UnsupportedError
+
+SETTINGS = {name: GROUP[name] for name in ("lr", "betas", "eps", "weight_decay")}
+
+
+def matrix(rows=6, cols=5, *, seed=0):
+    weight = Parameter(torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)))
+    weight.grad = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed + 1))
+    return weight
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_found_inf_leaves_everything_as_it_was(fused):
+    weight = matrix()
+    before = weight.detach().clone()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight, before) and not optimizer.state[weight]["exp_avg"].any()
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_between_forward_and_backward_does_not_pass_unseen(fused):
+    weight = matrix()
+    loss = (weight * weight).sum()
+    Merit([weight], fused=fused, **SETTINGS).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tensors_may_move_between_steps(fused):
+    """New storage for weights, gradients and moments, gradients that are missing for a step, strided ones."""
+    moving, still = ([matrix(seed=seed) for seed in (0, 2)] for _ in range(2))
+    first, second = (Merit(weights, fused=fused, **SETTINGS) for weights in (moving, still))
+    for step in range(5):
+        for weight, other in zip(moving, still, strict=True):
+            other.grad = matrix(seed=10 * step).grad
+            weight.grad = other.grad.t().contiguous().t()
+        if step == 1:
+            moving[1].grad = still[1].grad = None
+        if step == 2:
+            moving[0].data = moving[0].data.clone()
+        if step == 3:
+            state = first.state[moving[0]]
+            state["exp_avg"] = state["exp_avg"].clone()
+            state["exp_avg_sq"].data = state["exp_avg_sq"].data.clone()
+        first.step()
+        second.step()
+    assert all(torch.equal(weight, other) for weight, other in zip(moving, still, strict=True))
+    assert [first.state[weight]["step"] for weight in moving] == [5, 4]
+    moving[0].data = moving[0].data.double()
+    if fused:
+        with pytest.raises(ValueError, match="float64"):
+            first.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_no_longer_fits_is_refused_and_nothing_is_written(fused):
+    """Other strides, another size, a sparse gradient; after each the optimizer goes on once it is put right."""
+    weight = matrix(6, 6)
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.step()
+    right, moment = weight.data, optimizer.state[weight]["exp_avg"]
+    grad, before = weight.grad, weight.detach().clone()
+
+    def refused(change, match):
+        change()
+        with pytest.raises((UnsupportedError, ValueError), match=match):
+            optimizer.step()
+        weight.grad = None
+        weight.data, weight.grad, optimizer.state[weight]["exp_avg"] = right, grad, moment
+        assert torch.equal(weight, before)
+
+    def transpose():
+        weight.data = weight.data.t()
+
+    def shrink():
+        weight.data, weight.grad = right.view(-1)[:12].view(2, 6), None
+        weight.grad = torch.ones(2, 6)
+
+    def stride_a_moment():
+        optimizer.state[weight]["exp_avg"] = torch.zeros(6, 12)[:, ::2]
+
+    def sparse():
+        weight.grad = torch.eye(6).to_sparse()
+
+    refused(transpose, "contiguous")
+    refused(shrink, "changes its size")
+    refused(stride_a_moment, "contiguous")
+    refused(sparse, "sparse")
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_lazily_negated_gradient_is_what_it_says(fused):
+    plain, lazy = matrix(), matrix()
+    plain.grad.neg_()
+    lazy.grad = torch._neg_view(lazy.grad)
+    for weight in (plain, lazy):
+        Merit([weight], fused=fused, **SETTINGS).step()
+    assert torch.equal(plain, lazy)
+
+
+def test_a_learning_rate_on_a_device_leaves_no_trace_when_it_is_gone(monkeypatch):
+    """The host does not know its value; a float of any value must be seen as a change."""
+    weight, other = matrix(), matrix()
+    optimizer, plain = Merit([weight], **SETTINGS), Merit([other], **SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("merit_ds.step.lr_on_device", lambda group: torch.tensor(0.1))
+        patch.setattr("merit_ds.ops.table.lr_on_device", lambda group: torch.tensor(0.1))
+        optimizer.step()
+    plain.step()
+    optimizer.param_groups[0]["lr"] = plain.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    plain.step()
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_gradient_is_held_after_the_step(fused):
+    weight = matrix()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.step()
+    gradient = weakref.ref(weight.grad)
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+def test_parameters_without_a_gradient_get_no_state():
+    weight, frozen = matrix(), matrix(seed=3)
+    frozen.grad = None
+    optimizer = Merit([weight, frozen], **SETTINGS)
+    optimizer.step()
+    assert frozen not in optimizer.state
+    frozen.grad = torch.ones_like(frozen)
+    optimizer.step()
+    assert optimizer.state[frozen]["step"] == 1 and optimizer.state[weight]["step"] == 2
