@@ -42,6 +42,15 @@ def test_a_step_between_forward_and_backward_does_not_pass_unseen(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_that_was_left_alone_counts_as_unchanged(fused):
+    weight, frozen = matrix(), matrix(seed=3)
+    loss = (frozen * frozen).sum()
+    frozen.grad = None
+    Merit([weight, frozen], fused=fused, **SETTINGS).step()
+    loss.backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_tensors_may_move_between_steps(fused):
     """New storage for weights, gradients and moments, gradients that are missing for a step, strided ones."""
     moving, still = ([matrix(seed=seed) for seed in (0, 2)] for _ in range(2))

@@ -108,7 +108,8 @@ def _run(
         raise RuntimeError(f"Merit's {device.type} kernel: {error.decode()}")
     if changes_weights:
         # Behind torch's back: a backward pass that still needs the old weights must not pass unseen.
-        torch.autograd.graph.increment_version(prepared.operands.weights)
+        pairs = zip(prepared.operands.weights, prepared.operands.grads, strict=True)
+        torch.autograd.graph.increment_version([weight for weight, grad in pairs if grad is not None])
 
 
 def cpu_kernel(library: ctypes.CDLL | None = None) -> Kernel:
