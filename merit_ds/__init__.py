@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """MERIT (arXiv 2508.20577) for large-batch training, exact under DeepSpeed ZeRO.
 
-Importing the package registers the optimizer, so that a DeepSpeed JSON may say `"optimizer": {"type": "Merit"}`.
+Importing the package registers the optimizer, so that a DeepSpeed JSON may say `"optimizer": {"type": "Merit"}`,
+and the baselines that it is compared with.
 """
 
+from merit_ds.baselines import MeritLAMB, MeritLARS, MeritLion, MeritMaxLAMB, MeritScion, MeritSophiaG
 from merit_ds.errors import InputError, UnsupportedError
 from merit_ds.marks import mark_parameters, split_qkv
-from merit_ds.optimizer import Merit
+from merit_ds.optimizer import Merit, MeritW
 from merit_ds.registration import register
 
-__all__ = ["InputError", "Merit", "UnsupportedError", "mark_parameters", "split_qkv"]
+__all__ = [
+    "InputError",
+    "Merit",
+    "MeritLAMB",
+    "MeritLARS",
+    "MeritLion",
+    "MeritMaxLAMB",
+    "MeritScion",
+    "MeritSophiaG",
+    "MeritW",
+    "UnsupportedError",
+    "mark_parameters",
+    "split_qkv",
+]
 __version__ = "0.1.0"
 
-register(Merit)
+for _optimizer in (Merit, MeritW, MeritLAMB, MeritMaxLAMB, MeritLARS, MeritLion, MeritSophiaG, MeritScion):
+    register(_optimizer)

@@ -76,5 +76,6 @@ def _single(tensor: Tensor, original: Tensor, param_group: dict[str, Any]) -> Sh
     matrices = logical_matrices(original, param_group)
     layout = ShardLayout.build(matrices, bounds=[0, tensor.numel()], rank=0)
     unfused = "deepspeed.runtime.fp16.unfused_optimizer" in sys.modules and original.dtype != torch.float32
+    owners = (original,) * len(matrices)
     wrapper = "none" if tensor is original else "FP16_UnfusedOptimizer" if unfused else "float32 copies"
-    return Shard(tensor, layout, tuple(matrices), wrapper=wrapper, tensor_group=tensor_parallel_group())
+    return Shard(tensor, layout, tuple(matrices), wrapper=wrapper, owners=owners, tensor_group=tensor_parallel_group())

@@ -65,6 +65,7 @@ def bind_distributed(tensor: "DTensor", original: Tensor, param_group: dict[str,
         ShardLayout.build(matrices, bounds=bounds, rank=rank),
         tuple(matrices),
         wrapper="DTensor",
+        owners=(original,) * len(matrices),
         group=group,
         problem=None
         if held == due

@@ -31,6 +31,8 @@ class Matrix:
         split: the axis along which tensor-parallel ranks hold parts of it, "rows" or "cols"; None: each has it all.
         decayed: False keeps weight decay away from it.
         scaled: False leaves out the trust ratio (s = 1), and with it all maxima.
+        elementwise: False leaves out the maxima of rows and columns: one ratio, as for a vector.
+        whole_bound: False leaves out the whole-weight ratio where rows and columns have theirs.
     """
 
     start: int
@@ -42,6 +44,8 @@ class Matrix:
     split: Literal["rows", "cols"] | None = None
     decayed: bool = True
     scaled: bool = True
+    elementwise: bool = True
+    whole_bound: bool = True
 
     @property
     def numel(self) -> int:
@@ -50,7 +54,7 @@ class Matrix:
     @property
     def has_axes(self) -> bool:
         """Whether maxima of rows and columns count."""
-        return self.scaled and not self.is_vector
+        return self.scaled and self.elementwise and not self.is_vector
 
     @property
     def stop(self) -> int:
@@ -95,8 +99,9 @@ class Rectangle:
 class SharedMaxima:
     """Where a cut matrix's maxima lie in the exchanged buffer; every rank computes the same numbers.
 
-    `cols` is the slot of column 0 (None for a vector); `first_row` and `last_row` are the slots of the fragment's
-    outer rows where a boundary divides them, else None: a row that lies on one rank is nobody else's business.
+    `cols` is the slot of column 0 (None without maxima of rows and columns); `first_row` and `last_row` are the slots
+    of the fragment's outer rows where a boundary divides them, else None: a row that lies on one rank is nobody else's
+    business.
     """
 
     whole: int
@@ -140,7 +145,7 @@ class Fragment:
         """Its maxima in the tensor-parallel exchange."""
         if self.matrix.split is None or not self.matrix.scaled:
             return 0
-        if self.matrix.is_vector:
+        if not self.matrix.has_axes:
             return 1
         return 1 + (self.matrix.cols if self.matrix.split == "rows" else self.rows)
 
@@ -204,7 +209,7 @@ class ShardLayout:
             first, last = matrix.count_before(begin), matrix.count_before(end)
             fragment = Fragment(matrix, begin, first, last - first)
             cuts = _cuts(matrix, bounds)
-            divided = [] if matrix.is_vector else sorted({cut // matrix.cols for cut in cuts if cut % matrix.cols})
+            divided = [] if not matrix.has_axes else sorted({cut // matrix.cols for cut in cuts if cut % matrix.cols})
             if fragment.numel:
                 if fragment.tensor_slots:
                     fragment = replace(fragment, tensor_slot=tensor_slot)
@@ -214,7 +219,7 @@ class ShardLayout:
                 else:
                     whole.append(fragment)
             if cuts:
-                next_slot += 1 if matrix.is_vector else 1 + matrix.cols + len(divided)
+                next_slot += 1 + matrix.cols + len(divided) if matrix.has_axes else 1
         return cls(tuple(cut), tuple(whole), next_slot, tensor_slot)
 
     @classmethod
@@ -243,7 +248,7 @@ def _cuts(matrix: Matrix, bounds: Sequence[int]) -> list[int]:
 def _shared(fragment: Fragment, divided: list[int], slot: int) -> SharedMaxima:
     """The slots of a cut fragment, whose matrix's block is: whole, columns, divided rows."""
     matrix = fragment.matrix
-    if matrix.is_vector:
+    if not matrix.has_axes:
         return SharedMaxima(whole=slot, cols=None, first_row=None, last_row=None)
 
     def slot_of(row: int) -> int | None:

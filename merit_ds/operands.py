@@ -13,7 +13,6 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import is_distributed, local_part, same_sharding
 from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard
-from merit_ds.validation import MOMENTS
 
 
 class Gatherer:
@@ -24,10 +23,12 @@ class Gatherer:
 
     Args:
         shards: whose tensors are stepped.
+        moments: the names of the tensors in their states.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], *, moments: Sequence[str]) -> None:
         self._shards = shards
+        self._names = moments
         self._weights = [shard.tensor for shard in shards]
         self._sizes = [local_part(weight).numel() for weight in self._weights]
         self._distributed = any(map(is_distributed, self._weights))
@@ -45,18 +46,15 @@ class Gatherer:
                 weight is not contiguous any more.
         """
         weights: Sequence[Tensor] = self._weights
-        exp_avgs, exp_avg_sqs = ([None if state is None else state[name] for state in states] for name in MOMENTS)
+        moments = [[None if state is None else state[name] for state in states] for name in self._names]
         if self._distributed:
             weights = [local_part(weight.detach()) for weight in weights]
-            exp_avgs, exp_avg_sqs = (
-                [None if tensor is None else local_part(tensor) for tensor in tensors]
-                for tensors in (exp_avgs, exp_avg_sqs)
-            )
+            moments = [[None if tensor is None else local_part(tensor) for tensor in tensors] for tensors in moments]
         if not all(map(Tensor.is_contiguous, weights)):
             raise UnsupportedError(
                 "Merit needs contiguous parameters: one has been made otherwise since the first step"
             )
-        return Operands(weights, self._usable(grads), exp_avgs, exp_avg_sqs)
+        return Operands(weights, self._usable(grads), *moments)
 
     def _usable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         if self._seen and all(seen() is grad for seen, grad in zip(self._seen, grads, strict=True)):

@@ -1,40 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merit, the optimizer: parameter groups, state, and the step."""
+"""Merit, and the form of it that has the whole-weight ratio alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, overload
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.binding import bind, stepped_tensors
-from merit_ds.errors import UnsupportedError
-from merit_ds.registration import allow_under_zero
-from merit_ds.shard import Shard
-from merit_ds.summary import log_summary
-from merit_ds.validation import MOMENTS, check_parameters, check_saved_group, check_settings, check_state
-from merit_ds.work import Work
+from merit_ds.ops.merit_rule import MERIT, MeritRule
+from merit_ds.ops.rule import L2
+from merit_ds.sharded import ShardedOptimizer
+
+_RULES = {"max": MERIT, "l2": MeritRule(L2)}
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """A group as it was given: wrappers later replace the tensors in the dict, a schedule the learning rate."""
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    shapes: list[torch.Size]
-    lr: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> "_Origin":
-        parameters = list(group["params"])
-        return cls(group, parameters, [parameter.shape for parameter in parameters], float(group["lr"]))
-
-
-class Merit(torch.optim.Optimizer):
+class Merit(ShardedOptimizer):
     """MERIT: max-norm trust ratios by row, column and whole weight, the largest for every element, clipped.
 
     With the moments m and v of AdamW, without bias correction:
@@ -48,7 +26,7 @@ class Merit(torch.optim.Optimizer):
     root as in its authors' published code. `merit_ds.reference` is the same in a few lines.
 
     Under DeepSpeed ZeRO-1, 2 and 3 and PyTorch's fully_shard (construct Merit after it) the result is bitwise that of
-    the unsharded step for the same gradients.
+    the unsharded step for the same gradients; with `norm="l2"`, whose sums are rounded, to one unit of the ratio.
     Arithmetic and state (`exp_avg`, `exp_avg_sq`, an int `step`) are float32 whatever the parameter's dtype.
 
     Args:
@@ -61,13 +39,13 @@ class Merit(torch.optim.Optimizer):
         decay_vectors: False leaves parameters of 0 or 1 dimensions undecayed whatever their group's `weight_decay`
             says; True obeys the group.
         eps_inside_sqrt: sqrt(v + eps), as the paper prints it.
+        elementwise: False leaves the whole-weight ratio alone (an ablation of the paper's figure 9, and `MeritW`).
+        whole_bound: False leaves the whole-weight ratio out where there are rows and columns (an ablation).
+        norm: "l2" for l2 norms of rows, columns and whole in place of maxima (an ablation; it has no fused kernel).
         fused: True for the compiled kernels or an error; False for plain torch operations; None for the kernels where
             they can be built, else plain torch with one warning. All give the same bits. Read in the first step.
 
-    Attributes:
-        found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no
-            moment, without the host having to know, as in a CUDA graph; `step` counts all the same. Set it to what
-            `torch.amp` found, for instance.
+    Attributes: `found_inf` and `inspect`, as of `merit_ds.sharded.ShardedOptimizer`.
 
     Raises:
         ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
@@ -84,202 +62,56 @@ class Merit(torch.optim.Optimizer):
         clip: float | None = 1.0,
         decay_vectors: bool = False,
         eps_inside_sqrt: bool = False,
+        elementwise: bool = True,
+        whole_bound: bool = True,
+        norm: Literal["max", "l2"] = "max",
         fused: bool | None = None,
     ) -> None:
-        if fused not in (None, True, False):
-            raise ValueError(f"Merit: fused={fused!r}, but it must be True, False or None")
-        self.fused = fused
-        self.found_inf: Tensor | None = None
-        self._origins: list[_Origin] = []
-        self._bound: dict[Tensor, Shard] = {}
-        self._agreed: set[Tensor] = set()
-        self._works: dict[tuple[Any, ...], Work] = {}
-        self._refusal: str | None = None
-        defaults = {
+        if norm not in _RULES:
+            raise ValueError(f"{type(self).__name__}: norm={norm!r}, but it must be 'max' or 'l2'")
+        defaults: dict[str, Any] = {
             "lr": lr,
-            "betas": tuple(betas) if isinstance(betas, list) else betas,
+            "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "clip": clip,
             "decay_vectors": decay_vectors,
             "eps_inside_sqrt": eps_inside_sqrt,
-            "step": 0,  # DeepSpeed's elastic checkpoints look for it in the group
+            "elementwise": elementwise,
+            "whole_bound": whole_bound,
         }
-        check_settings(defaults)
-        super().__init__(params, defaults)
-        allow_under_zero(type(self))
+        super().__init__(params, defaults, rule=_RULES[norm], fused=fused)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its settings and shapes are checked now rather than in the first step."""
-        super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        try:
-            check_settings(added)
-            check_parameters(added)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self._origins.append(_Origin.of(added))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Change every weight that has a gradient.
+class MeritW(Merit):
+    """MERIT-W: `Merit` with the whole-weight ratio alone, the form of the paper's convergence theorem.
 
-        Under ZeRO and fully_shard all ranks of the data-parallel group must call it: it holds one all-reduce MAX.
+    s = max|w| / max|u| for every element of a weight, and the update is clipped. Its arguments are those of `Merit`,
+    but for the ratios that it does not have.
+    """
 
-        Args:
-            closure: evaluates the model again and returns the loss.
-
-        Raises:
-            UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
-                result is exact. No weight has been changed then; the moments of cut weights may have been, so every
-                further step is refused as well, until a state is loaded.
-        """
-        if self._refusal is not None:  # the moments have been touched: another try would not be exact
-            raise UnsupportedError(self._refusal)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        work = self._work()
-        if work is None:
-            return loss
-        grads = [tensor.grad for tensor in work.tensors]
-        states = work.states(grads, self.state, self._moments)
-        operands = work.gather(grads, states)
-        try:
-            work.step(operands, self.param_groups, noop=self.found_inf, check_agreement=not work.agreed)
-        except UnsupportedError as refusal:
-            self._refusal = str(refusal)
-            raise
-        if not work.agreed:
-            work.agreed = True
-            self._agreed.update(work.tensors)
-        self._count(grads, states)
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups and state, the moments as float32 (torch would cast them to the parameter's dtype).
-
-        Raises:
-            ValueError: the state is not Merit's, has settings out of range, or belongs to parameters of other shapes;
-                nothing has been changed.
-        """
-        identifiers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        pairs = [
-            (tensor, state_dict["state"][identifier])
-            for identifier, tensor in zip(identifiers, tensors, strict=False)
-            if state_dict["state"].get(identifier)
-        ]
-        for group in state_dict["param_groups"]:
-            check_saved_group(group, self.defaults)
-        for tensor, state in pairs:
-            check_state(tensor, state)
-        origins = [self._origin(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
-        self._bound.clear()
-        self._agreed.clear()
-        self._works.clear()
-        self._refusal = None
-        for tensor, state in pairs:
-            for name in MOMENTS:
-                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch keeps the groups only, and a copy under ZeRO would take a flat partition for a vector.
-        return {
-            **super().__getstate__(),
-            "_origins": self._origins,
-            "_bound": {},
-            "_agreed": set(),
-            "_works": {},
-            "_refusal": self._refusal,
-            "fused": self.fused,
-            "found_inf": None,
-        }
-
-    def _origin(self, group: dict[str, Any]) -> _Origin:
-        for origin in self._origins:
-            if origin.group is group:
-                return origin
-        raise UnsupportedError("Merit's param_groups were replaced: change the groups in place, or use add_param_group")
-
-    def _bind(self, group: dict[str, Any]) -> None:
-        """Find out what the group's tensors hold, if that is not known."""
-        if all(tensor in self._bound for tensor in group["params"]):
-            return
-        origin = self._origin(group)
-        shards = bind(group, origin.parameters, shapes=origin.shapes)
-        self._bound.update({shard.tensor: shard for shard in shards})
-        tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]
-        if all(tensor in self._bound for tensor in chain.from_iterable(tensors)):
-            log_summary(
-                [
-                    (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in found])
-                    for origin, found in zip(self._origins, tensors, strict=True)
-                ],
-                fused=self.fused,
-            )
-
-    def _work(self) -> Work | None:
-        """What this call has to do; None for DeepSpeed's dry run.
-
-        Under ZeRO the groups hold other tensors in each call, so there is one for each set of them.
-        """
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        sizes = [len(group["params"]) for group in self.param_groups]
-        identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
-        if identity in self._works:
-            return self._works[identity]
-        for group in self.param_groups:
-            self._bind(group)
-        shards = [self._bound[tensor] for tensor in tensors]
-        if self._is_deepspeed_dry_run(shards):
-            for tensor in tensors:
-                self._moments(tensor)
-            return None
-        groups = [number for number, size in enumerate(sizes) for _ in range(size)]
-        work = Work(shards, groups=groups, fused=self.fused)
-        work.agreed = self._agreed.issuperset(tensors)
-        self._works[identity] = work
-        return work
-
-    def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:
-        """FP16_UnfusedOptimizer's constructor calls `step` on zero gradients to create state.
-
-        For Adam that is nearly harmless; Merit's ratio turns the bare decay term into a full step.
-        """
-        return all(
-            shard.wrapper == "FP16_UnfusedOptimizer"
-            and shard.tensor not in self.state
-            and shard.tensor.grad is not None
-            and not shard.tensor.grad.any()
-            for shard in shards
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-6,
+        weight_decay: float = 0.1,
+        *,
+        clip: float | None = 1.0,
+        decay_vectors: bool = False,
+        eps_inside_sqrt: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            clip=clip,
+            decay_vectors=decay_vectors,
+            eps_inside_sqrt=eps_inside_sqrt,
+            elementwise=False,
+            fused=fused,
         )
-
-    def _moments(self, tensor: Tensor) -> dict[str, Any]:
-        """A tensor's state, made if it has none."""
-        state: dict[str, Any] = self.state[tensor]
-        if not state:
-            state["step"] = 0
-            for name in MOMENTS:
-                state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
-        return state
-
-    def _count(self, grads: list[Tensor | None], states: list[dict[str, Any] | None]) -> None:
-        begin = 0
-        for group in self.param_groups:
-            end = begin + len(group["params"])
-            for state, grad in zip(states[begin:end], grads[begin:end], strict=True):
-                if state is not None and grad is not None:
-                    state["step"] += 1
-                    # Not one more with each call: ZeRO-3 steps a group's tensors in several.
-                    if state["step"] > group["step"]:
-                        group["step"] = state["step"]
-            begin = end

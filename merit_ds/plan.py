@@ -8,10 +8,11 @@ region of their own that is handed to the all-reduce as it is; what this rank al
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from merit_ds.layout import Fragment, SharedMaxima
+from merit_ds.layout import Fragment, Matrix, SharedMaxima
 from merit_ds.ops.table import KINDS, MATRIX, UNDECAYED, VECTOR, Tile
 from merit_ds.shard import Shard
 
@@ -23,6 +24,14 @@ class Region:
     group: dist.ProcessGroup
     begin: int
     end: int
+
+
+class Source(NamedTuple):
+    """Which logical matrix a rectangle is of, and where in it the rectangle begins."""
+
+    matrix: Matrix
+    row: int
+    col: int
 
 
 @dataclass
@@ -37,6 +46,8 @@ class Plan:
         carried: (slot in a data region or of this rank's own, slot in a tensor region): what is reduced over data
             parallel ranks first, where those have parts of it, and over tensor-parallel ranks then.
         problems: (slot, shard's number): where a rank tells the others that it refuses its shard.
+        unbounded: slots of whole-weight maxima that are not to count.
+        sources: of each rectangle, by its tensor and its offset there.
         slots: how many there are.
     """
 
@@ -47,6 +58,8 @@ class Plan:
     tensor: list[Region] = field(default_factory=list)
     carried: list[tuple[int, int]] = field(default_factory=list)
     problems: list[tuple[int, int]] = field(default_factory=list)
+    unbounded: list[int] = field(default_factory=list)
+    sources: dict[tuple[int, int], Source] = field(default_factory=dict)
     slots: int = 0
 
     @classmethod
@@ -103,8 +116,12 @@ class Plan:
             assert tensor is not None
             tiles = self.cut if fragment.shared is not None else self.split
             self.carried += _carried(fragment, rows, cols, whole, tensor + fragment.tensor_slot)
+        if fragment.matrix.has_axes and not fragment.matrix.whole_bound:
+            self.unbounded.append(whole)
         kind = UNDECAYED if not fragment.matrix.decayed else VECTOR if fragment.matrix.is_vector else MATRIX
+        first_row = fragment.first // fragment.matrix.cols
         for piece in fragment.rectangles():
+            self.sources[number, piece.offset] = Source(fragment.matrix, first_row + piece.row, piece.col)
             size = piece.cols, piece.rows, piece.cols  # end to end in memory, so the pitch is the width
             col_slot = cols + piece.col if cols >= 0 else -1
             tiles.append(Tile(number, piece.offset, *size, rows[piece.row], col_slot, whole, KINDS * group + kind))
@@ -130,6 +147,6 @@ def _in_region(shared: SharedMaxima, rows: list[int], base: int) -> tuple[list[i
 def _carried(fragment: Fragment, rows: list[int], cols: int, whole: int, slot: int) -> list[tuple[int, int]]:
     """The whole weight, and what runs across the split: columns where rows are split, rows where columns are."""
     across: Sequence[int] = []
-    if not fragment.matrix.is_vector:
+    if fragment.matrix.has_axes:
         across = range(cols, cols + fragment.matrix.cols) if fragment.matrix.split == "rows" else rows
     return list(zip((whole, *across), range(slot, slot + fragment.tensor_slots), strict=True))

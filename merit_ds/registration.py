@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `"optimizer": {"type": "Merit"}` known to DeepSpeed.
+"""Makes `"optimizer": {"type": "Merit"}`, and the baselines' types, known to DeepSpeed.
 
 DeepSpeed has no hook for optimizers of others. It looks an unknown type up as an attribute of `torch.optim`, which is
 its documented way to bring one, and lets ZeRO wrap only the exact types in a list of its own.
@@ -9,22 +9,21 @@ import sys
 
 import torch
 
-_NAMES = ("Merit", "MERIT", "merit")
-
 
 def register(optimizer: type[torch.optim.Optimizer]) -> None:
-    """Set `torch.optim.Merit` and its spellings.
+    """Set the optimizer's name, in this spelling, in capitals and in small letters, as attributes of `torch.optim`.
 
     Raises:
         RuntimeError: a name is taken by somebody else; nothing is overwritten.
     """
-    for name in _NAMES:
+    names = {optimizer.__name__, optimizer.__name__.upper(), optimizer.__name__.lower()}
+    for name in sorted(names):
         present = getattr(torch.optim, name, optimizer)
         if (
             getattr(present, "__module__", None) != optimizer.__module__
         ):  # a reloaded module's class is another object, but ours
             raise RuntimeError(f"torch.optim.{name} is already {present!r}: merit_ds does not overwrite it")
-    for name in _NAMES:
+    for name in names:
         setattr(torch.optim, name, optimizer)
 
 

@@ -2,6 +2,7 @@
 """One tensor of an optimizer's group, and the logical matrices that lie in it."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ class Shard:
         tensor: the float tensor that a step changes; any shape, contiguous.
         layout: its fragments, by element of the flattened tensor.
         matrices: the logical weights of the whole group of ranks, for reports.
+        owners: for each of `matrices` the parameter that it is of.
         wrapper: who put the tensor in the parameters' place, "none" for nobody.
         group: the data-parallel ranks to exchange maxima with; None where every weight is whole.
         tensor_group: the tensor-parallel ranks to exchange maxima with; None where no weight is split.
@@ -34,9 +36,32 @@ class Shard:
     layout: ShardLayout
     matrices: tuple[Matrix, ...]
     wrapper: str
+    owners: tuple[Tensor, ...] = ()
     group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
     problem: str | None = None
+
+
+def own_parts(shard: Shard, values: Mapping[int, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """What a shard's tensor holds of whole parameters, as runs of elements: where in the flattened tensor, and which.
+
+    Args:
+        values: by `id` of a parameter, a tensor of its shape; parameters without one are left out.
+    """
+    starts: dict[int, int] = {}
+    owners: dict[int, Tensor] = {}
+    for matrix, owner in zip(shard.matrices, shard.owners, strict=True):
+        owners[id(matrix)] = owner
+        starts[id(owner)] = min(starts.get(id(owner), matrix.start), matrix.start)
+    for fragment in (*shard.layout.cut, *shard.layout.whole):
+        owner = owners[id(fragment.matrix)]
+        if id(owner) not in values:
+            continue
+        flat = values[id(owner)].reshape(-1)
+        for piece in fragment.rectangles():
+            size = piece.rows * piece.cols
+            first = piece.offset + fragment.begin - starts[id(owner)]
+            yield slice(piece.offset, piece.offset + size), flat[first : first + size]
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -50,6 +75,7 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
 
     Attributes of the parameter or, where it has none, keys of its group decide about it: `matrix_view`,
     `no_weight_decay` and `no_trust_ratio`. (fully_shard makes new parameters without them: set them afterwards.)
+    The group's `elementwise` and `whole_bound` say which ratios count.
     A `matrix_view` is
     - "stack": [E, R, C] is E matrices, as experts are;
     - "flatten": [O, I, kH, kW] is the matrix [O, I*kH*kW], as a convolution is;
@@ -70,6 +96,8 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
         "split": split_axis(parameter),
         "decayed": not _mark(parameter, param_group, "no_weight_decay"),
         "scaled": not _mark(parameter, param_group, "no_trust_ratio"),
+        "elementwise": param_group.get("elementwise", True),
+        "whole_bound": param_group.get("whole_bound", True),
     }
     return [replace(matrix, **rule) for matrix in _viewed(parameter, param_group, start)]
 

@@ -13,20 +13,21 @@ Without tensor parallelism there is no 2 and 3, and the unsharded step is 4 alon
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merit_ds.collectives import MaxExchange
+from merit_ds.collectives import Exchange
 from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import local_part
+from merit_ds.inspection import Inspector, observe
 from merit_ds.ops import Kernel
-from merit_ds.ops.table import KINDS, Operands, Scalars, lr_on_device, scalars_of
+from merit_ds.ops.rule import MAX
+from merit_ds.ops.table import KINDS, Operands, lr_on_device
 from merit_ds.plan import Plan, Region
 from merit_ds.shard import Shard
-
-_LR = Scalars._fields.index("lr")
 
 
 class Stepper:
@@ -41,42 +42,48 @@ class Stepper:
 
     def __init__(self, shards: Sequence[Shard], *, groups: Sequence[int], kernel: Kernel, device: torch.device) -> None:
         self.device = device
-        self._shards = shards
+        self.shards = shards
+        self.groups = groups
         self._kernel = kernel
+        self._norm = kernel.rule.norm or MAX  # without norms the exchange carries the ranks' refusals alone
         self.plan = plan = Plan.build(shards, groups=groups)
         self._cut, self._split, self._alone = (
             kernel.table(tiles, device) if tiles else None for tiles in (plan.cut, plan.split, plan.alone)
         )
-        self.maxima = torch.zeros(plan.slots, 2, dtype=torch.float32, device=device)
+        self.maxima = torch.zeros(plan.slots, 2, dtype=self._norm.dtype, device=device)
+        self._unbounded = torch.tensor(plan.unbounded, dtype=torch.int64, device=device)
         self._carried = torch.tensor(plan.carried, dtype=torch.int64, device=device).reshape(-1, 2)
-        self._rows: list[Scalars] = []
+        self._rows: list[Any] = []
         self._scalars = torch.zeros(0)
         self._prepare = kernel.preparer([local_part(shard.tensor).numel() for shard in shards], device)
 
     def step(
         self,
         operands: Operands,
-        param_groups: Sequence[dict[str, Any]],
+        settings: Sequence[dict[str, Any]],
         *,
         noop: Tensor | None = None,
         check_agreement: bool = False,
+        inspect: Inspector | None = None,
     ) -> None:
         """Step every shard that has a gradient, in place.
 
         Args:
-            param_groups: the groups that the shards' numbers mean; this step's settings.
+            settings: of the groups that the shards' numbers mean, for this step.
             noop: one float; if it is not 0, nothing is changed.
             check_agreement: look whether a rank refuses its layout. It costs a device synchronisation, so it is done
                 only after a layout was bound, which all ranks do in the same step.
+            inspect: is shown every piece when its norms are complete, before a weight is changed. The step's bits are
+                the same, but it takes the slower way of two separate passes.
 
         Raises:
             UnsupportedError: on all ranks, before a weight is changed, if one of them found a problem in its shard.
         """
-        self._set_scalars(param_groups)
+        self._set_scalars(settings)
         kernel, cut, split = self._kernel, self._cut, self._split
         arguments = {"scalars": self._scalars, "maxima": self.maxima, "noop": noop}
         run = partial(_run, self._prepare(operands), arguments)
-        self.maxima.zero_()
+        self._clear()
         if check_agreement:
             self._tell_problems()
         data, tensor = self._exchanges(self.plan.data), self._exchanges(self.plan.tensor)
@@ -91,17 +98,42 @@ class Stepper:
             _wait(data)
             _wait(tensor)
             self._refuse_problems()
-        run(kernel.step, self._alone)
+        run(kernel.step if inspect is None else kernel.accumulate, self._alone)
         _wait(data)
         if tensor:
             _wait(tensor)
             self.carry_back()
+        if inspect is not None:
+            inspect(observe(kernel.rule, operands, self.shards, self.plan, self._scalars, self.maxima))
+            run(kernel.apply, self._alone)
         run(kernel.apply, cut)
         run(kernel.apply, split)
 
-    def _set_scalars(self, param_groups: Sequence[dict[str, Any]]) -> None:
+    def agree(self) -> None:
+        """Find out whether a rank refuses its layout, by an exchange of that alone.
+
+        Raises:
+            UnsupportedError: on all ranks.
+        """
+        self.maxima.zero_()
+        self._tell_problems()
+        exchanges = [*self._exchanges(self.plan.data), *self._exchanges(self.plan.tensor)]
+        _start(exchanges)
+        _wait(exchanges)
+        self._refuse_problems()
+
+    def _clear(self) -> None:
+        """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever is brought in."""
+        self.maxima.zero_()
+        if self.plan.unbounded:
+            weight, update = self.maxima.unbind(1)
+            weight[self._unbounded] = 1
+            update[self._unbounded] = inf
+
+    def _set_scalars(self, settings: Sequence[dict[str, Any]]) -> None:
         """Bring the scalars to the device, where they stay in one place: a CUDA graph may have captured it."""
-        rows = [row for group in param_groups for row in scalars_of(group)]
+        fields = self._kernel.rule.hyper._fields
+        rows = [row for group in settings for row in self._kernel.rule.scalars(group)]
         if rows != self._rows:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError(
@@ -109,17 +141,17 @@ class Stepper:
                     "step before the capture, and give lr as a tensor on the GPU"
                 )
             if self._scalars.shape[0] != len(rows):
-                self._scalars = torch.empty(len(rows), len(Scalars._fields), dtype=torch.float32, device=self.device)
+                self._scalars = torch.empty(len(rows), len(fields), dtype=torch.float32, device=self.device)
             pinned = self.device.type == "cuda"  # else the copy would wait for all work before it
             self._scalars.copy_(torch.tensor(rows, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
             self._rows = rows
-        for number, group in enumerate(param_groups):
+        for number, group in enumerate(settings):
             lr = lr_on_device(group)
             if lr is not None:
-                self._scalars[KINDS * number : KINDS * (number + 1), _LR] = lr
+                self._scalars[KINDS * number : KINDS * (number + 1), fields.index("lr")] = lr
 
-    def _exchanges(self, regions: Sequence[Region]) -> list[MaxExchange]:
-        return [MaxExchange(self.maxima[region.begin : region.end], group=region.group) for region in regions]
+    def _exchanges(self, regions: Sequence[Region]) -> list[Exchange]:
+        return [self._norm.exchange(self.maxima[region.begin : region.end], group=region.group) for region in regions]
 
     def carry_over(self) -> None:
         """Between the exchanges: hand what the data-parallel ranks found to the tensor-parallel ones."""
@@ -133,10 +165,10 @@ class Stepper:
 
     def _tell_problems(self) -> None:
         for slot, number in self.plan.problems:
-            self.maxima[slot] = float(self._shards[number].problem is not None)
+            self.maxima[slot] = float(self.shards[number].problem is not None)
 
     def _refuse_problems(self) -> None:
-        problems = [shard.problem for shard in self._shards if shard.problem is not None]
+        problems = [shard.problem for shard in self.shards if shard.problem is not None]
         if problems:
             raise UnsupportedError(problems[0])
         if any(bool(self.maxima[slot, 0] != 0) for slot, _ in self.plan.problems):
@@ -149,12 +181,12 @@ def _run(prepared: Any, arguments: dict[str, Any], operation: Callable[..., None
         operation(prepared, tiles=tiles, **arguments)
 
 
-def _start(exchanges: Sequence[MaxExchange]) -> None:
+def _start(exchanges: Sequence[Exchange]) -> None:
     for exchange in exchanges:
         exchange.start()
 
 
-def _wait(exchanges: Sequence[MaxExchange]) -> None:
+def _wait(exchanges: Sequence[Exchange]) -> None:
     """Harmless when repeated."""
     for exchange in exchanges:
         exchange.wait()

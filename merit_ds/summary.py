@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line at start-up that says what Merit found: which rule for how many weights, which wrapper, which kernel.
+"""The line at start-up that says what an optimizer found: which rule for how many weights, which wrapper, which kernel.
 
 A second line warns where the settings look like Adam's.
 """
@@ -9,50 +9,85 @@ from typing import Any
 
 import torch.distributed as dist
 
+from merit_ds.layout import Matrix
 from merit_ds.log import user_logger
 from merit_ds.ops import kernel_name
+from merit_ds.ops.merit_rule import MeritRule
+from merit_ds.ops.rule import Rule
 from merit_ds.shard import Shard
 
+_OWN_WORDS = ("lr", "initial_lr", "weight_decay", "decay_vectors", "params", "param_names", "step")
+_USUAL = {"elementwise": True, "whole_bound": True, "eps_inside_sqrt": False}
+"""What of a group is said in other words, and what is said only where it is otherwise."""
 
-def log_summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, fused: bool | None) -> None:
+
+def log_summary(
+    groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, name: str, rule: Rule, fused: bool | None
+) -> None:
     """Log the summary of all groups as INFO of the logger `merit_ds`, and what looks wrong as WARNING, on rank 0."""
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     logger = user_logger()
-    logger.info(summary(groups, fused=fused))
-    suspicion = adam_like([settings for settings, _ in groups])
+    logger.info(summary(groups, name=name, rule=rule, fused=fused))
+    suspicion = adam_like([settings for settings, _ in groups]) if isinstance(rule, MeritRule) else None
     if suspicion is not None:
         logger.warning(suspicion)
 
 
-def summary(groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, fused: bool | None) -> str:
+def summary(
+    groups: Sequence[tuple[dict[str, Any], Sequence[Shard]]], *, name: str, rule: Rule, fused: bool | None
+) -> str:
     """One line, for instance for a user to see that no weight was forgotten.
 
     Args:
         groups: each group's settings with its shards.
-        fused: the optimizer's setting.
+        name: the optimizer's.
+        rule: its formula.
+        fused: its setting.
     """
     shards = [shard for _, found in groups for shard in found if shard.tensor.requires_grad]
     matrices = [matrix for shard in shards for matrix in shard.matrices]
-    vectors = [matrix for matrix in matrices if matrix.is_vector and matrix.scaled]
-    unscaled = [matrix for matrix in matrices if not matrix.scaled]
     elements = sum(matrix.numel for matrix in matrices)
-    settings = "; ".join(
-        f"lr {group['lr']:g}, betas {tuple(group['betas'])}, eps {group['eps']:g}, clip {group['clip']}, weight_decay "
-        f"{group['weight_decay']:g} ({'all' if group['decay_vectors'] else 'matrices only'})"
-        for group, _ in groups
-    )
-    kernels = {kernel_name(shard.tensor.device, fused=fused) for shard in shards}
+    settings = "; ".join(_settings(group) for group, _ in groups)
+    kernels = {kernel_name(shard.tensor.device, fused=fused, rule=rule) for shard in shards}
     cut = sum(len(shard.layout.cut) for shard in shards)
     slots = sum(shard.layout.exchange_size for shard in shards if shard.group is not None)
     slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)
+    exchanged = "maxima" if rule.norm is None or rule.norm.name == "max" else "sums of squares"
+    size = 8 if exchanged == "maxima" else 16
     return (
-        f"Merit: {len(matrices) - len(vectors) - len(unscaled)} matrices by row, column and whole-weight ratio, "
-        f"{len(vectors)} vectors by whole-weight ratio{f', {len(unscaled)} without a ratio' if unscaled else ''} "
-        f"({elements:,} elements); wrapper {' '.join(sorted({s.wrapper for s in shards}))}; "
-        f"{cut} weights of this rank cut, {8 * slots:,} bytes of maxima a step; "
+        f"{name}: {_ratios(matrices, rule)} ({elements:,} elements); wrapper {' '.join(sorted({s.wrapper for s in shards}))}; "
+        f"{cut} weights of this rank cut, {size * slots:,} bytes of {exchanged} a step; "
         f"kernel {' '.join(sorted(kernels))}; {settings}"
     )
+
+
+def _ratios(matrices: Sequence[Matrix], rule: Rule) -> str:
+    """How many weights have which ratio."""
+    if rule.norm is None:
+        return f"{len(matrices)} weights without a ratio"
+    kinds = {
+        "matrices by row, column and whole-weight ratio": lambda m: m.has_axes and m.whole_bound,
+        "matrices by row and column ratio": lambda m: m.has_axes and not m.whole_bound,
+        "matrices by whole-weight ratio": lambda m: m.scaled and not m.has_axes and not m.is_vector,
+        "vectors by whole-weight ratio": lambda m: m.scaled and m.is_vector,
+        "without a ratio": lambda m: not m.scaled,
+    }
+    counts = {text: sum(map(belongs, matrices)) for text, belongs in kinds.items()}
+    shown = {text: count for text, count in counts.items() if count or text.startswith("vectors")}
+    return ", ".join(f"{count} {text}" for text, count in shown.items())
+
+
+def _settings(group: dict[str, Any]) -> str:
+    others = [
+        f"{key} {value:g}" if key == "eps" else f"{key} {value}"
+        for key, value in group.items()
+        if key not in _OWN_WORDS and (key not in _USUAL or _USUAL[key] != value)
+    ]
+    decay = []
+    if "weight_decay" in group:
+        decay = [f"weight_decay {group['weight_decay']:g} ({'all' if group['decay_vectors'] else 'matrices only'})"]
+    return ", ".join([f"lr {group['lr']:g}", *others, *decay])
 
 
 def adam_like(groups: Sequence[dict[str, Any]]) -> str | None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from merit_ds.errors import UnsupportedError
+from merit_ds.inspection import Inspector
 from merit_ds.operands import Gatherer
 from merit_ds.ops import select_kernel
-from merit_ds.ops.select import EAGER
+from merit_ds.ops.rule import Rule
+from merit_ds.ops.select import eager_kernel
 from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard
 from merit_ds.step import Stepper
@@ -30,7 +32,9 @@ class Work:
     Args:
         shards: in an order that all ranks share.
         groups: the number of each shard's parameter group.
+        rule: the optimizer's formula.
         fused: which kernel, as for `merit_ds.ops.select_kernel`.
+        stepper: what takes the rule's steps.
 
     Attributes:
         agreed: whether the ranks have found that none of them refuses its shards.
@@ -39,9 +43,19 @@ class Work:
         UnsupportedError: the shards lie on several devices and process groups, or there is no kernel as `fused` asks.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, groups: Sequence[int], fused: bool | None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        groups: Sequence[int],
+        rule: Rule,
+        fused: bool | None,
+        stepper: type[Stepper] = Stepper,
+    ) -> None:
         self.tensors = [shard.tensor for shard in shards]
-        self.gather = Gatherer(shards)
+        self.gather = Gatherer(shards, moments=rule.moments)
+        self._rule = rule
+        self._groups = groups
         self.agreed = False
         self._states: list[State | None] = [None] * len(shards)
         self._all_states: list[State] = []
@@ -53,14 +67,15 @@ class Work:
             members = [number for number, tensor in enumerate(self.tensors) if tensor.device == device]
             chosen = [shards[number] for number in members]
             try:
-                kernel = select_kernel(device, fused=fused)
+                kernel = select_kernel(device, fused=fused, rule=rule)
             except UnsupportedError as refusal:
                 if not any(map(_is_shared, chosen)):
                     raise
                 # The other ranks may have a kernel and wait in the exchange: it tells them.
-                kernel, chosen = EAGER, [replace(shard, problem=str(refusal)) for shard in chosen]
-            stepper = Stepper(chosen, groups=[groups[number] for number in members], kernel=kernel, device=device)
-            self._steppers.append((members, stepper))
+                kernel, chosen = eager_kernel(rule), [replace(shard, problem=str(refusal)) for shard in chosen]
+            numbers = members if rule.counts_steps else [groups[number] for number in members]
+            made = stepper(chosen, groups=numbers, kernel=kernel, device=device)
+            self._steppers.append((members, made))
 
     def states(
         self, grads: Sequence[Tensor | None], state: Mapping[Tensor, State], create: Callable[[Tensor], State]
@@ -88,6 +103,7 @@ class Work:
         *,
         noop: Tensor | None,
         check_agreement: bool,
+        inspect: Inspector | None = None,
     ) -> None:
         """Step every shard that has a gradient; see `Stepper.step`.
 
@@ -96,11 +112,20 @@ class Work:
             param_groups: the groups that the shards' numbers mean.
             noop: one number, on any device; if it is not 0, nothing is changed.
             check_agreement: whether this step has to find out if a rank refuses its shard.
+            inspect: see `Stepper.step`.
         """
+        settings = self._with_steps(param_groups) if self._rule.counts_steps else param_groups
         for members, stepper in self._steppers:
             own = operands if len(self._steppers) == 1 else operands.of(members)
             flag = None if noop is None else noop.to(stepper.device, torch.float32)
-            stepper.step(own, param_groups, noop=flag, check_agreement=check_agreement)
+            stepper.step(own, settings, noop=flag, check_agreement=check_agreement, inspect=inspect)
+
+    def _with_steps(self, param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """For each tensor its group's settings, and how often it was stepped."""
+        return [
+            {**param_groups[group], "step": 0 if state is None else state["step"]}
+            for group, state in zip(self._groups, self._states, strict=True)
+        ]
 
 
 def _lacks_state(state: State | None, grad: Tensor | None) -> bool:

@@ -47,18 +47,21 @@ def bind_flat_partition(param_group: dict[str, Any], originals: Sequence[Tensor]
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     buffer = _flat_buffer(members, world * flat.numel())
     _refuse_overlaps(members, buffer.numel())
-    matrices = sorted(
-        (matrix for p in members for matrix in logical_matrices(p, param_group, start=int(p.storage_offset()))),
-        key=lambda matrix: matrix.start,
+    pairs = sorted(
+        ((m, p) for p in members for m in logical_matrices(p, param_group, start=int(p.storage_offset()))),
+        key=lambda pair: pair[0].start,
     )
+    matrices = tuple(matrix for matrix, _ in pairs)
+    owners = tuple(parameter for _, parameter in pairs)
     bounds = [index * flat.numel() for index in range(world + 1)]
     layout = ShardLayout.build(matrices, bounds=bounds, rank=rank)
     return Shard(
         flat,
         layout,
-        tuple(matrices),
+        matrices,
         # The attribute is set by one of the two classes only, for its gradient accumulation.
         wrapper="DeepSpeedZeroOptimizer" if hasattr(members[0], "grad_accum") else "BF16_Optimizer",
+        owners=owners,
         group=group if world > 1 else None,
         tensor_group=tensor_parallel_group(),
         problem=value_problem(layout, flat, buffer[bounds[rank] : bounds[rank + 1]]),

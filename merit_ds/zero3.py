@@ -61,6 +61,7 @@ def bind_sub_group(flat: Tensor, param_group: dict[str, Any], originals: Sequenc
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     layouts: list[ShardLayout] = []
     matrices: list[Matrix] = []
+    owners: list[Tensor] = []
     offsets = [0]
     problem = None
     for parameter in members:
@@ -70,12 +71,14 @@ def bind_sub_group(flat: Tensor, param_group: dict[str, Any], originals: Sequenc
         problem = problem or value_problem(layout, flat[offsets[-1] : offsets[-1] + part.numel()], part)
         layouts.append(layout)
         matrices += found
+        owners += [parameter] * len(found)
         offsets.append(offsets[-1] + part.numel())
     return Shard(
         flat,
         ShardLayout.concatenate(layouts, offsets=offsets[:-1]),
         tuple(matrices),
         wrapper=type(wrapper).__name__,
+        owners=tuple(owners),
         group=group if world > 1 else None,
         problem=problem,
     )

@@ -14,11 +14,11 @@ from merit_ds.collectives import MaxExchange
 from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.ops import select_kernel
+from merit_ds.ops.merit_rule import MERIT
 from merit_ds.ops.table import Operands
 from merit_ds.reference import merit_step
 from merit_ds.shard import Shard
 from merit_ds.step import Stepper
-from merit_ds.validation import MOMENTS as MOMENT_NAMES
 from merit_ds.work import Work
 
 TINY = 2.0**-149
@@ -108,8 +108,8 @@ def _without_a_kernel_on_one_rank(rank, folder):
     matrix = Matrix(0, 4, 4)
     layout = ShardLayout.build([matrix], bounds=[0, 7, 16], rank=rank)
     weight = torch.ones(layout.cut[0].numel)
-    work = Work([Shard(weight, layout, (matrix,), "none", group=dist.group.WORLD)], groups=[0], fused=True)
-    operands = work.gather([torch.ones_like(weight)], [{name: torch.zeros_like(weight) for name in MOMENT_NAMES}])
+    work = Work([Shard(weight, layout, (matrix,), "none", group=dist.group.WORLD)], groups=[0], rule=MERIT, fused=True)
+    operands = work.gather([torch.ones_like(weight)], [{name: torch.zeros_like(weight) for name in MERIT.moments}])
     with pytest.raises(UnsupportedError) as refusal:
         work.step(operands, [SETTINGS], noop=None, check_agreement=True)
     assert bool((weight == 1).all())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an implementation of the operations offers. All implementations give the same bits."""
+"""What an implementation of the operations offers. All implementations of a rule give the same bits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merit_ds.ops.rule import Rule
 from merit_ds.ops.table import Operands, Tile
 
 
@@ -17,6 +18,7 @@ class Kernel:
 
     Attributes:
         name: for people.
+        rule: whose arithmetic it does.
         accumulate, apply, step: the operations, called as those of `merit_ds.ops.eager`, with what a preparer returned
             in the operands' place.
         table: makes the rectangles' table on the operands' device, or where the implementation wants it.
@@ -26,6 +28,7 @@ class Kernel:
     """
 
     name: str
+    rule: Rule
     accumulate: Callable[..., None]
     apply: Callable[..., None]
     step: Callable[..., None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merit_ds.ops.builder import BuildError, CPUMeritBuilder, CUDAMeritBuilder
 from merit_ds.ops.kernel import Kernel
+from merit_ds.ops.merit_rule import MERIT
 from merit_ds.ops.table import Operands, Tile, check_operands, cut_tiles, tabulate
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 0}
@@ -143,6 +144,7 @@ def _kernel(name: str, library: ctypes.CDLL, table: Callable[[Iterable[Tile], to
 
     return Kernel(
         name=name,
+        rule=MERIT,
         accumulate=operation("merit_accumulate", changes_weights=False),
         apply=operation("merit_apply", changes_weights=True),
         step=operation("merit_step", changes_weights=True),

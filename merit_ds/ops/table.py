@@ -20,31 +20,38 @@ class Operands(NamedTuple):
 
     Attributes:
         weights, grads: float32, bfloat16 or float16. What has no gradient is left alone.
-        exp_avgs, exp_avg_sqs: the moments, float32; without a gradient they may be missing.
+        exp_avgs, exp_avg_sqs: the moments, float32; without a gradient they may be missing. Empty where a rule has
+            no such moment.
     """
 
     weights: Sequence[Tensor]
     grads: Sequence[Tensor | None]
-    exp_avgs: Sequence[Tensor | None]
-    exp_avg_sqs: Sequence[Tensor | None]
+    exp_avgs: Sequence[Tensor | None] = ()
+    exp_avg_sqs: Sequence[Tensor | None] = ()
 
     def of(self, numbers: Sequence[int]) -> "Operands":
         """Those of some of the tensors."""
         weights = [self.weights[number] for number in numbers]
-        return Operands(weights, *([tensors[number] for number in numbers] for tensors in self[1:]))
+        return Operands(weights, *([tensors[number] for number in numbers] if tensors else () for tensors in self[1:]))
 
 
-def check_operands(operands: Operands, *, sizes: Sequence[int], device: torch.device) -> None:
+def check_operands(operands: Operands, *, sizes: Sequence[int], device: torch.device, moments: int = 2) -> None:
     """Raise ValueError for tensors that a kernel cannot take.
 
     Args:
         sizes: the elements that each weight must have.
         device: where all must lie.
+        moments: how many the rule has.
     """
-    counts = [len(tensors) for tensors in operands]
+    present = operands[: 2 + moments]
+    counts = [len(tensors) for tensors in present]
     if any(count != len(sizes) for count in counts):
         raise ValueError(f"Merit: {counts} weights, gradients, first and second moments are not {len(sizes)} of each")
-    for size, weight, grad, *moments in zip(sizes, *operands, strict=True):
+    _check_tensors(present, sizes=sizes, device=device)
+
+
+def _check_tensors(present: Sequence[Sequence[Tensor | None]], *, sizes: Sequence[int], device: torch.device) -> None:
+    for size, weight, grad, *moments in zip(sizes, *present, strict=True):
         if grad is not None and any(moment is None for moment in moments):
             raise ValueError("Merit: a weight has a gradient and no moments")
         for tensor, dtypes in ((weight, DTYPES), (grad, DTYPES), *((moment, (torch.float32,)) for moment in moments)):
@@ -120,11 +127,13 @@ def lr_on_device(group: dict[str, Any]) -> Tensor | None:
     return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
 
 
-def scalars_of(group: dict[str, Any]) -> list[Scalars]:
-    """A group's rows, by kind, as Python doubles; whoever makes a tensor of them rounds once to float32.
+def host_lr(group: dict[str, Any]) -> float:
+    """A group's learning rate; NaN for one on a device, which is for the caller to copy there."""
+    return float(group["lr"]) if lr_on_device(group) is None else math.nan
 
-    A learning rate on a device is left NaN: it is for the caller to copy there.
-    """
+
+def scalars_of(group: dict[str, Any]) -> list[Scalars]:
+    """A group's rows, by kind, as Python doubles; whoever makes a tensor of them rounds once to float32."""
     beta1, beta2 = group["betas"]
     eps, inside = float(group["eps"]), group["eps_inside_sqrt"]
     matrix = Scalars(
@@ -135,9 +144,14 @@ def scalars_of(group: dict[str, Any]) -> list[Scalars]:
         eps_inside=eps if inside else 0.0,
         eps_outside=0.0 if inside else eps,
         weight_decay=float(group["weight_decay"]),
-        lr=float(group["lr"]) if lr_on_device(group) is None else math.nan,
+        lr=host_lr(group),
         clip=math.inf if group["clip"] is None else float(group["clip"]),
     )
+    return by_kind(matrix, group)
+
+
+def by_kind(matrix: Any, group: dict[str, Any]) -> list[Any]:
+    """The rows of a group by kind, from its scalars for matrices, a named tuple with a `weight_decay`."""
     undecayed = matrix._replace(weight_decay=0.0)
     return [matrix, matrix if group["decay_vectors"] else undecayed, undecayed]
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A look into a step, between the exchange of norms and the change of the weights. Looking changes nothing."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merit_ds.ops.eager import norms_of, pieces, view
+from merit_ds.ops.rule import Norms, Rule, trust_ratio
+from merit_ds.ops.table import Operands, tabulate
+from merit_ds.plan import Plan
+from merit_ds.shard import Shard
+
+
+class Observed(NamedTuple):
+    """A piece [r, c] of a logical matrix in this rank's shard, of bounded size.
+
+    Attributes:
+        owner: the model's parameter that the optimizer was constructed with.
+        row, col: where in its logical matrix (of this tensor-parallel rank) the piece begins.
+        weight: float32 [r, c], before the step.
+        update: u, float32 [r, c]: what the ratio scales.
+        ratio: s, float32, [r, c] or a scalar.
+        whole: the whole weight's ratio, a scalar; None where it does not count.
+        clip: bound of |s * u|, a scalar; infinite without clipping.
+    """
+
+    owner: Tensor
+    row: int
+    col: int
+    weight: Tensor
+    update: Tensor
+    ratio: Tensor
+    whole: Tensor | None
+    clip: Tensor
+
+
+Inspector = Callable[[Iterable[Observed]], None]
+"""Called on every rank with this rank's pieces, once for each of its devices in a call of `step()`."""
+
+
+def observe(
+    rule: Rule, operands: Operands, shards: Sequence[Shard], plan: Plan, scalars: Tensor, maxima: Tensor
+) -> Iterator[Observed]:
+    """Every piece of a step whose norms are complete and whose weights are still the old ones."""
+    hypers = [rule.hyper(*row.unbind()) for row in scalars]
+    owners = [{id(m): owner for m, owner in zip(shard.matrices, shard.owners, strict=True)} for shard in shards]
+    for rectangle in (*plan.cut, *plan.split, *plan.alone):
+        matrix, first_row, first_col = plan.sources[rectangle.tensor, rectangle.offset]
+        hyper = hypers[rectangle.hyper]
+        for tile in pieces(tabulate([rectangle]), operands):
+            row, col = divmod(tile.offset - rectangle.offset, rectangle.pitch)
+            w, g, *moments = (view(tensors[tile.tensor], tile) for tensors in operands if tensors)
+            w, norms = w.float(), norms_of(rule, maxima, tile)
+            yield Observed(
+                owner=owners[tile.tensor][id(matrix)],
+                row=first_row + row,
+                col=first_col + col,
+                weight=w,
+                update=rule.update(w, g.float(), moments, hyper),
+                ratio=torch.ones((), device=w.device) if norms is None else trust_ratio(norms),
+                whole=_whole_ratio(norms, counts=matrix.whole_bound or not matrix.has_axes),
+                clip=getattr(hyper, "clip", torch.full((), inf, device=w.device)),
+            )
+
+
+def _whole_ratio(norms: Norms | None, *, counts: bool) -> Tensor | None:
+    return trust_ratio(Norms(norms.whole, None, None)) if norms is not None and counts else None

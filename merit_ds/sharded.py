@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all optimizers of this package are: parameter groups, state and the step, exact under sharding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from merit_ds.binding import bind, stepped_tensors
+from merit_ds.errors import UnsupportedError
+from merit_ds.inspection import Inspector
+from merit_ds.ops.rule import Rule
+from merit_ds.registration import allow_under_zero
+from merit_ds.shard import Shard
+from merit_ds.step import Stepper
+from merit_ds.summary import log_summary
+from merit_ds.validation import check_parameters, check_saved_group, check_settings, check_state
+from merit_ds.work import Work
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A group as it was given: wrappers later replace the tensors in the dict, a schedule the learning rate."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    shapes: list[torch.Size]
+    lr: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "_Origin":
+        parameters = list(group["params"])
+        return cls(group, parameters, [parameter.shape for parameter in parameters], float(group["lr"]))
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose formula is a `Rule`, over whole parameters and over whatever shards hold of them.
+
+    It finds out what the tensors that it is handed hold (`merit_ds.binding`), keeps the rule's moments in float32 and
+    an int `step`, and takes the rule's two passes with an exchange of norms between them. DeepSpeed ZeRO-1, 2 and 3,
+    Megatron-core's tensor parallelism and `fully_shard` are supported.
+
+    Args:
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting.
+        defaults: the groups' settings; each is checked by `merit_ds.validation`.
+        rule: the formula.
+        fused: which kernel, as for `merit_ds.ops.select_kernel`.
+
+    Attributes:
+        found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no
+            moment, without the host having to know, as in a CUDA graph; `step` counts all the same. Set it to what
+            `torch.amp` found, for instance.
+        inspect: None, or what the next step is to show its pieces to (see `merit_ds.inspection`), once for each call
+            of `step` and device; set it on all ranks. It stays until it is set to None.
+
+    Raises:
+        ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
+    """
+
+    stepper: ClassVar[type[Stepper]] = Stepper
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, rule: Rule, fused: bool | None = None) -> None:
+        if fused not in (None, True, False):
+            raise ValueError(f"{type(self).__name__}: fused={fused!r}, but it must be True, False or None")
+        self.fused = fused
+        self.rule = rule
+        self.found_inf: Tensor | None = None
+        self.inspect: Inspector | None = None
+        self._origins: list[_Origin] = []
+        self._bound: dict[Tensor, Shard] = {}
+        self._agreed: set[Tensor] = set()
+        self._works: dict[tuple[Any, ...], Work] = {}
+        self._refusal: str | None = None
+        if isinstance(defaults.get("betas"), list):
+            defaults["betas"] = tuple(defaults["betas"])
+        defaults["step"] = 0  # DeepSpeed's elastic checkpoints look for it in the group
+        check_settings(defaults, name=type(self).__name__)
+        super().__init__(params, defaults)
+        allow_under_zero(type(self))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its settings and shapes are checked now rather than in the first step."""
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        try:
+            check_settings(added, name=type(self).__name__)
+            check_parameters(added, name=type(self).__name__)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._origins.append(_Origin.of(added))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Change every weight that has a gradient.
+
+        Under ZeRO and fully_shard all ranks of the data-parallel group must call it: it holds one all-reduce MAX.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
+                result is exact. No weight has been changed then; the moments of cut weights may have been, so every
+                further step is refused as well, until a state is loaded.
+        """
+        if self._refusal is not None:  # the moments have been touched: another try would not be exact
+            raise UnsupportedError(self._refusal)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._work()
+        if work is None:
+            return loss
+        self._check_ready()
+        grads = [tensor.grad for tensor in work.tensors]
+        states = work.states(grads, self.state, self._moments)
+        operands = work.gather(grads, states)
+        try:
+            work.step(
+                operands,
+                self.param_groups,
+                noop=self.found_inf,
+                check_agreement=not work.agreed,
+                inspect=self.inspect,
+            )
+        except UnsupportedError as refusal:
+            self._refusal = str(refusal)
+            raise
+        if not work.agreed:
+            work.agreed = True
+            self._agreed.update(work.tensors)
+        self._count(grads, states)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore groups and state, the moments as float32 (torch would cast them to the parameter's dtype).
+
+        Raises:
+            ValueError: the state is not this optimizer's, has settings out of range, or belongs to parameters of
+                other shapes; nothing has been changed.
+        """
+        identifiers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        pairs = [
+            (tensor, state_dict["state"][identifier])
+            for identifier, tensor in zip(identifiers, tensors, strict=False)
+            if state_dict["state"].get(identifier)
+        ]
+        for group in state_dict["param_groups"]:
+            check_saved_group(group, self.defaults, name=type(self).__name__)
+        for tensor, state in pairs:
+            check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
+        origins = [self._origin(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
+        self._bound.clear()
+        self._agreed.clear()
+        self._works.clear()
+        self._refusal = None
+        for tensor, state in pairs:
+            for name in self.rule.moments:
+                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
+
+    def _check_ready(self) -> None:
+        """Raise UnsupportedError where a step would lack something that the caller must have done before."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps the groups only, and a copy under ZeRO would take a flat partition for a vector.
+        return {
+            **super().__getstate__(),
+            "_origins": self._origins,
+            "_bound": {},
+            "_agreed": set(),
+            "_works": {},
+            "_refusal": self._refusal,
+            "fused": self.fused,
+            "rule": self.rule,
+            "found_inf": None,
+            "inspect": None,
+        }
+
+    def _origin(self, group: dict[str, Any]) -> _Origin:
+        for origin in self._origins:
+            if origin.group is group:
+                return origin
+        raise UnsupportedError(
+            f"{type(self).__name__}'s param_groups were replaced: change the groups in place, or use add_param_group"
+        )
+
+    def _bind(self, group: dict[str, Any]) -> None:
+        """Find out what the group's tensors hold, if that is not known."""
+        if all(tensor in self._bound for tensor in group["params"]):
+            return
+        origin = self._origin(group)
+        shards = bind(self._settings_for_layout(group), origin.parameters, shapes=origin.shapes)
+        self._bound.update({shard.tensor: shard for shard in shards})
+        tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]
+        if all(tensor in self._bound for tensor in chain.from_iterable(tensors)):
+            log_summary(
+                [
+                    (origin.group | {"lr": origin.lr}, [self._bound[tensor] for tensor in found])
+                    for origin, found in zip(self._origins, tensors, strict=True)
+                ],
+                name=type(self).__name__,
+                rule=self.rule,
+                fused=self.fused,
+            )
+
+    def _settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group, with what the rule says of norms where the group does not: which of them a layout must have."""
+        unmeasured = {"no_trust_ratio": True} if self.rule.norm is None else {}
+        return {"elementwise": self.rule.elementwise} | unmeasured | group
+
+    def _work(self) -> Work | None:
+        """What this call has to do; None for DeepSpeed's dry run.
+
+        Under ZeRO the groups hold other tensors in each call, so there is one for each set of them.
+        """
+        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        sizes = [len(group["params"]) for group in self.param_groups]
+        identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
+        if identity in self._works:
+            return self._works[identity]
+        for group in self.param_groups:
+            self._bind(group)
+        shards = [self._bound[tensor] for tensor in tensors]
+        if self._is_deepspeed_dry_run(shards):
+            for tensor in tensors:
+                self._moments(tensor)
+            return None
+        groups = [number for number, size in enumerate(sizes) for _ in range(size)]
+        work = Work(shards, groups=groups, rule=self.rule, fused=self.fused, stepper=self.stepper)
+        work.agreed = self._agreed.issuperset(tensors)
+        self._works[identity] = work
+        return work
+
+    def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:
+        """FP16_UnfusedOptimizer's constructor calls `step` on zero gradients to create state.
+
+        For Adam that is nearly harmless; a trust ratio turns the bare decay term into a full step.
+        """
+        return all(
+            shard.wrapper == "FP16_UnfusedOptimizer"
+            and shard.tensor not in self.state
+            and shard.tensor.grad is not None
+            and not shard.tensor.grad.any()
+            for shard in shards
+        )
+
+    def _moments(self, tensor: Tensor) -> dict[str, Any]:
+        """A tensor's state, made if it has none."""
+        state: dict[str, Any] = self.state[tensor]
+        if not state:
+            state["step"] = 0
+            for name in self.rule.moments:
+                state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
+        return state
+
+    def _count(self, grads: list[Tensor | None], states: list[dict[str, Any] | None]) -> None:
+        begin = 0
+        for group in self.param_groups:
+            end = begin + len(group["params"])
+            for state, grad in zip(states[begin:end], grads[begin:end], strict=True):
+                if state is not None and grad is not None:
+                    state["step"] += 1
+                    # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+                    if state["step"] > group["step"]:
+                        group["step"] = state["step"]
+            begin = end
