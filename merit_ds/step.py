@@ -83,7 +83,7 @@ class Stepper:
         kernel, cut, split = self._kernel, self._cut, self._split
         arguments = {"scalars": self._scalars, "maxima": self.maxima, "noop": noop}
         run = partial(_run, self._prepare(operands), arguments)
-        self._clear()
+        self.clear()
         if check_agreement:
             self._tell_problems()
         data, tensor = self._exchanges(self.plan.data), self._exchanges(self.plan.tensor)
@@ -122,7 +122,7 @@ class Stepper:
         _wait(exchanges)
         self._refuse_problems()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever is brought in."""
         self.maxima.zero_()
         if self.plan.unbounded:

@@ -55,8 +55,9 @@ def summary(
     slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)
     exchanged = "maxima" if rule.norm is None or rule.norm.name == "max" else "sums of squares"
     size = 8 if exchanged == "maxima" else 16
+    wrappers = sorted({shard.wrapper for shard in shards})
     return (
-        f"{name}: {_ratios(matrices, rule)} ({elements:,} elements); wrapper {' '.join(sorted({s.wrapper for s in shards}))}; "
+        f"{name}: {_ratios(matrices, rule)} ({elements:,} elements); wrapper {' '.join(wrappers)}; "
         f"{cut} weights of this rank cut, {size * slots:,} bytes of {exchanged} a step; "
         f"kernel {' '.join(sorted(kernels))}; {settings}"
     )

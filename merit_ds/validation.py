@@ -37,6 +37,7 @@ _KINDS = (
     _Kind("a finite number, 0 or more", lambda v: _is_number(v) and v >= 0, ("lr", "eps", "weight_decay")),
     _Kind("two numbers in [0, 1)", _is_pair_of_decays, ("betas",)),
     _Kind("a number in [0, 1)", _is_decay, ("momentum",)),
+    _Kind("a number above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1, ("alpha",)),
     _Kind(
         "a finite number above 0, or None for no clipping",
         lambda v: v is None or (_is_number(v) and v > 0),

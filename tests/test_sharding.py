@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 from oracle import GROUP, numpy_step
 
 import merit_ds.megatron
+from merit_ds.baselines.lamb import LambRule
+from merit_ds.baselines.lars import LarsRule
+from merit_ds.baselines.lion import LionRule
+from merit_ds.baselines.sophia import SophiaRule
 from merit_ds.layout import ShardLayout
 from merit_ds.ops import select_kernel
-from merit_ds.ops.table import Operands, scalars_of
+from merit_ds.ops.merit_rule import MeritRule
+from merit_ds.ops.rule import L2, MAX
+from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard, logical_matrices
 from merit_ds.step import Stepper
 
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-38, 3e38, inf, -inf, nan)
+BASELINE = GROUP | {"step": 3, "bias_correction": True, "momentum": 0.9, "trust_coefficient": 0.1, "gamma": 0.5}
 SETTINGS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6}
 
 
@@ -119,7 +126,7 @@ def expected_of(found, values):
 class Rank:
     """One rank's step, stopped at its exchanges."""
 
-    def __init__(self, matrices, ids, values, bounds, index, kernel):
+    def __init__(self, matrices, ids, values, bounds, index, kernel, settings):
         self.ids = ids[bounds[index] : bounds[index + 1]]
         self.slices = [torch.from_numpy(part[self.ids]) for part in values]
         layout = ShardLayout.build(matrices, bounds=bounds, rank=index)
@@ -128,7 +135,7 @@ class Rank:
         self.kernel = kernel
         self.stepper = Stepper([shard], groups=[0], kernel=kernel, device=torch.device("cpu"))
         self.plan, self.maxima = self.stepper.plan, self.stepper.maxima
-        self.scalars = torch.tensor(scalars_of(GROUP))
+        self.scalars = torch.tensor(kernel.rule.scalars(settings))
 
     def run(self, operation, tiles):
         """One operation over one phase's rectangles."""
@@ -136,39 +143,45 @@ class Rank:
             cpu = torch.device("cpu")
             prepare = self.kernel.preparer([self.slices[0].numel()], cpu)
             table = self.kernel.table(tiles, cpu)
-            operands = prepare(Operands(*([part] for part in self.slices)))
+            operands = prepare(Operands(*([part] for part in self.slices[: 2 + len(self.kernel.rule.moments)])))
             getattr(self.kernel, operation)(operands, tiles=table, scalars=self.scalars, maxima=self.maxima)
 
 
 def reduce(ranks, regions):
-    """The all-reduce MAX of one process group, over the region that each of its ranks has for it."""
+    """The exchange of one process group, MAX or the sum, over the region that each of its ranks has for it."""
     parts = [rank.maxima[region.begin : region.end] for rank, (region,) in zip(ranks, regions, strict=True)]
+    if parts[0].dtype == torch.float64:
+        total = torch.stack(parts).sum(0)
+        for part in parts:
+            part.copy_(total)
+        return
     bits = torch.stack([part.view(torch.int32) & 0x7FFFFFFF for part in parts]).amax(0)
     for part in parts:
         part.view(torch.int32).copy_(bits)
 
 
-def buffer(found, tensor_parallel, index):
+def buffer(found, tensor_parallel, index, group):
     """One tensor-parallel rank's logical matrices, and for each element of its flat buffer its place in the whole."""
     matrices, ids, begin, start = [], [], 0, 0
     for weight in found:
         places = np.arange(begin, begin + int(np.prod(weight.shape))).reshape(weight.shape)
         begin += places.size
         part = weight.parts(places, tensor_parallel)[index]
-        matrices += logical_matrices(weight.parameter(part), {}, start=start)
+        matrices += logical_matrices(weight.parameter(part), group, start=start)
         start += part.size
         ids.append(part.ravel())
     return matrices, np.concatenate(ids)
 
 
-def stepped(found, tensor_parallel, bounds, values, kernel):
+def stepped(found, tensor_parallel, bounds, values, kernel, group=GROUP):
     """Weights and moments after the ranks' step, [3, total]; every element was written by some rank."""
     columns = []
     for index in range(tensor_parallel):
-        matrices, ids = buffer(found, tensor_parallel, index)
-        columns.append([Rank(matrices, ids, values, bounds, each, kernel) for each in range(len(bounds) - 1)])
+        matrices, ids = buffer(found, tensor_parallel, index, group)
+        columns.append([Rank(matrices, ids, values, bounds, each, kernel, group) for each in range(len(bounds) - 1)])
     ranks = [rank for column in columns for rank in column]
     for rank in ranks:
+        rank.stepper.clear()
         rank.run("accumulate", rank.plan.cut)
         rank.run("accumulate", rank.plan.split)
     for column in columns:
@@ -215,6 +228,36 @@ def test_sharded_step_is_the_unsharded_one(kernel):
     @given(jobs())
     def holds(job):
         check(job, kernel)
+
+    holds()
+
+
+RULES = {
+    "whole-weight ratio alone": (MeritRule(MAX), {"elementwise": False}),
+    "without the whole-weight bound": (MeritRule(MAX), {"whole_bound": False}),
+    "l2 norms": (MeritRule(L2), {}),
+    "LAMB": (LambRule(L2), {"elementwise": False}),
+    "maxLAMB": (LambRule(MAX), {"elementwise": False}),
+    "LARS": (LarsRule(), {"elementwise": False}),
+    "Lion": (LionRule(), {"no_trust_ratio": True}),
+    "Sophia-G": (SophiaRule(), {"no_trust_ratio": True}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_baselines_sharded_are_the_unsharded_ones(name):
+    """Bitwise, but for sums, whose float64 rounding may move a ratio by one unit of float32."""
+    rule, marks = RULES[name]
+    kernel = select_kernel(torch.device("cpu"), rule=rule, fused=False)
+
+    @settings(max_examples=60, deadline=None)
+    @given(jobs())
+    def holds(job):
+        found, tensor_parallel, bounds, values = job
+        ours = stepped(found, tensor_parallel, bounds, values, kernel, BASELINE | marks)
+        alone = stepped(found, 1, [0, values.shape[1]], values, kernel, BASELINE | marks)
+        tolerance = 2e-6 if rule.norm == L2 else 0
+        np.testing.assert_allclose(ours, alone, rtol=tolerance, atol=tolerance)
 
     holds()
 

@@ -52,7 +52,7 @@ def minimiser(momentum: Tensor, *, kind: str) -> Tensor:
 class ScionScalars(NamedTuple):
     """A group's settings; only what a step of Scion's own needs."""
 
-    momentum: Any
+    alpha: Any
     radius: Any
     sign_radius: Any
     constrained: Any
@@ -62,7 +62,7 @@ class ScionScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class ScionRule(Rule):
-    """m = (1 - momentum) * m + momentum * g;  w = (1 - lr) * w - lr * radius * minimiser(m)
+    """m = (1 - alpha) * m + alpha * g;  w = (1 - lr) * w - lr * radius * minimiser(m)
 
     The minimiser needs whole matrices, which no pass over pieces has, so `ScionStepper` takes the step.
     """
@@ -115,7 +115,7 @@ class ScionStepper(Stepper):
             if grad is None or weight is None or momentum is None:
                 continue
             group = settings[self.groups[number]]
-            alpha = group["momentum"]
+            alpha = group["alpha"]
             momentum.view(-1).mul_(1.0 - alpha).add_(grad.float().view(-1) * alpha)
             for matrix, owner, shared in zip(shard.matrices, shard.owners, cut, strict=True):
                 _step_matrix(shard, matrix, owner, weight.view(-1), momentum.view(-1), group, shared=shared)
@@ -194,7 +194,7 @@ class MeritScion(ShardedOptimizer):
     Args:
         params: as of `merit_ds.Merit`.
         lr: learning rate: the share of the ball's radius, and with `constrained` of the weight, that a step moves.
-        momentum: share of the new gradient in the momentum, the paper's alpha.
+        alpha: share of the new gradient in the momentum.
         radius: of the balls of matrices and vectors.
         sign_radius: of those of embedding and output.
         constrained: weights stay in the ball: w = (1 - lr) w + lr * step; False adds steps alone.
@@ -209,7 +209,7 @@ class MeritScion(ShardedOptimizer):
         self,
         params: ParamsT,
         lr: float,
-        momentum: float = 0.1,
+        alpha: float = 0.1,
         *,
         radius: float = 50.0,
         sign_radius: float = 3000.0,
@@ -217,7 +217,7 @@ class MeritScion(ShardedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "momentum": momentum,
+            "alpha": alpha,
             "radius": radius,
             "sign_radius": sign_radius,
             "constrained": constrained,
