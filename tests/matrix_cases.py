@@ -20,8 +20,8 @@ from merit_ds import UnsupportedError
 from merit_ds.reference import merit_step
 
 
-def check_cells(rank: int, cells: list[Cell]) -> None:
-    """Hold every cell to what the matrix says of it: exact, or refused.
+def check_cells(rank: int, cells: list[Cell], options: dict[str, Any] | None = None) -> None:
+    """Hold every cell to what the matrix says of it: exact, or refused. `options` are Merit's, beside its settings.
 
     DeepSpeed's CPU accelerator reports fp16 where the processor has instructions for it, and the engine refuses fp16
     elsewhere. torch computes it on every processor, so that check is lifted.
@@ -31,10 +31,10 @@ def check_cells(rank: int, cells: list[Cell]) -> None:
         try:
             expected = refusal(cell)
             if expected is None:
-                check_exact(cell)
+                check_exact(cell, options or {})
             else:
                 kind = UnsupportedError if expected.by == "Merit" else Exception
-                with pytest.raises(kind, match=expected.message), engine_of(cell) as engine:
+                with pytest.raises(kind, match=expected.message), engine_of(cell, options or {}) as engine:
                     for step in range(STEPS):
                         train(engine, step)
         except BaseException as error:
@@ -42,13 +42,15 @@ def check_cells(rank: int, cells: list[Cell]) -> None:
             raise
 
 
-def check_exact(cell: Cell) -> None:
+def check_exact(cell: Cell, options: dict[str, Any]) -> None:
     """Train a few steps; after each, every rank's weights and moments are those of the unsharded replay, bit for bit.
 
     The replay starts from the averaged and clipped gradient that Merit was given: at 3 ranks the average of equal
-    gradients is inexact, and the norm that clips them is summed in an order that depends on the partition.
+    gradients is inexact, and the norm that clips them is summed in an order that depends on the partition. On a GPU the
+    gradient itself depends on where ZeRO puts the weights, since cuBLAS chooses its kernel by their alignment. The
+    replay runs on the CPU, wherever the engine does.
     """
-    with engine_of(cell) as engine:
+    with engine_of(cell, options) as engine:
         assert type(engine.optimizer).__name__ == wrapper_name(cell)
         merit, given = engine.basic_optimizer, {}
         merit.register_step_pre_hook(lambda optimizer, *_: given.update(gradients(optimizer)))
@@ -72,11 +74,11 @@ def check_exact(cell: Cell) -> None:
 
 
 @contextmanager
-def engine_of(cell: Cell) -> Iterator[Any]:
+def engine_of(cell: Cell, options: dict[str, Any]) -> Iterator[Any]:
     """A DeepSpeed engine over the cell's model, gone afterwards."""
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # DeepSpeed never resets it: it would hold for all later engines
     model = Kinds(cell)
-    json = config(cell) | {"optimizer": {"type": "Merit", "params": SETTINGS}}
+    json = config(cell) | {"optimizer": {"type": "Merit", "params": SETTINGS | options}}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.groups(cell["groups"]), config=json)
     try:
         yield engine
@@ -127,10 +129,10 @@ class Kinds(Shapes):
         """A loss in which every parameter has a gradient of its own on each rank and in each micro-step."""
         rank, last = dist.get_rank(), dist.get_world_size() - 1
         generator = torch.Generator().manual_seed(1000 * step + 100 * micro + rank)
-        inputs = torch.randn(2, 7, generator=generator).to(self.linear.weight.dtype)
+        inputs = torch.randn(2, 7, generator=generator).to(self.linear.weight)  # its device and dtype
         loss = 2**-10 * self.linear(inputs).float().square().sum()  # small: GradScaler starts at 65536
         for name, parameter in self.named_parameters(recurse=False):
-            target = torch.randn(parameter.shape, generator=generator)
+            target = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if not (self.cell["unused"] and step == UNUSED and name in ("wide", "vector")):
                 loss = loss + (parameter.float() - target).square().sum()
         if self.cell["tied"]:
@@ -164,8 +166,9 @@ class Held:
     sliced: bool
 
     def whole(self, local: Tensor) -> Tensor:
-        """The flat values of all ranks: the slices end to end, or what all of them hold alike."""
-        everyone = gather(local.detach().view(-1))
+        """The flat values of all ranks, on the CPU: the slices end to end, or what all of them hold alike."""
+        reachable = local.detach().view(-1).to(get_accelerator().current_device_name())  # NCCL reaches no other memory
+        everyone = gather(reachable).cpu()
         if self.sliced:
             return everyone
         first, *others = everyone.split(local.numel())
@@ -219,7 +222,7 @@ class Replay:
         assert same(held.whole(held.tensor), self.weights), f"master weights after {when}"
         for parameter, start in held.parts:
             wanted = self.weights[start : start + parameter.numel()].view(parameter.shape).to(parameter.dtype)
-            assert same(parameter.detach(), wanted), f"the model's weights after {when}"
+            assert same(parameter.detach().cpu(), wanted), f"the model's weights after {when}"
         assert state.get("step", 0) == self._steps, f"the step after {when}"
         assert not state or held.group["step"] == self._steps, f"the group's step after {when}"
         for name, wanted in self._moments.items():

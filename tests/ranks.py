@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several gloo ranks of this machine; one process group can serve many cases."""
+"""Runs a function on several ranks of this machine, on gloo or NCCL; one process group can serve many cases."""
 
 import os
 import pickle
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -20,7 +21,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _enter(local_rank: int, function: Callable[..., Any], world: int, port: int, results: Any, args: tuple) -> None:
+def _enter(
+    local_rank: int, function: Callable[..., Any], world: int, port: int, device: str, results: Any, args: tuple
+) -> None:
     os.environ.update(
         RANK=str(local_rank),
         LOCAL_RANK=str(local_rank),
@@ -28,11 +31,16 @@ def _enter(local_rank: int, function: Callable[..., Any], world: int, port: int,
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=device,
     )
     torch.set_num_threads(1)
     # Without LOCAL_SIZE, DeepSpeed allots no shared memory, 69 MB a rank, that it would never give back.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    if device == "cpu":
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    else:
+        own = torch.device(device, local_rank)
+        torch.cuda.set_device(own)
+        torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=120), device_id=own)
     try:
         # Pickled here: a queue would pass tensors as handles into a process that is about to end.
         results.put((local_rank, pickle.dumps(function(local_rank, *args)), None))
@@ -43,23 +51,28 @@ def _enter(local_rank: int, function: Callable[..., Any], world: int, port: int,
         torch.distributed.destroy_process_group()
 
 
-def _context() -> Any:
+def _context(device: str) -> Any:
     """Ranks are forked from a server that has imported what takes seconds: DeepSpeed's Muon brings in torch.compile.
 
-    The server has no threads and no process groups, so a fork of it is as good as a new process.
+    The server has no threads and no process groups, so a fork of it is as good as a new process. Not so where CUDA may
+    have begun: ranks with a GPU each are new processes.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses it when it is imported
+    if device != "cpu":
+        return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"])
     return context
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """Run `function(rank, *args)` on `world` gloo ranks.
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, device: str = "cpu", timeout: float = 300
+) -> list[Any]:
+    """Run `function(rank, *args)` on `world` ranks.
 
     Args:
         world: number of processes.
         function: a module-level function (it is pickled by name); returns something picklable.
+        device: "cpu", on gloo, or "cuda": a GPU for each rank, on NCCL.
         timeout: seconds until every rank is killed and the test fails.
 
     Returns:
@@ -68,15 +81,17 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     Raises:
         AssertionError: with the traceback of every rank that failed.
     """
-    context = _context()
+    context = _context(device)
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_enter, args=(rank, function, world, port, results, args), daemon=True)
+        context.Process(target=_enter, args=(rank, function, world, port, device, results, args), daemon=True)
         for rank in range(world)
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", device)  # DeepSpeed chooses it when it is imported
+        for process in processes:
+            process.start()
     outcomes: dict[int, tuple[Any, str | None]] = {}
     try:
         while len(outcomes) < world:

@@ -1,70 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed engines on all GPUs of a machine, over NCCL, against plain PyTorch on one."""
+"""DeepSpeed engines on all GPUs of a machine, over NCCL: Merit's steps equal their unsharded replay, bit for bit.
 
-import os
-import socket
+The cells and what holds them are those of tests/test_matrix.py, which runs them on gloo ranks.
+"""
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from deepspeed.accelerator import get_accelerator
+from matrix import BF16, OFFLOAD, PRECISIONS, STAGES, Cell, cell_of
+from matrix_cases import check_cells
+from ranks import run_ranks
 
-SETTINGS = {"lr": 0.03, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
-STEPS = 3
-
-
-def _model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Linear(301, 97), torch.nn.GELU(), torch.nn.Linear(97, 64), torch.nn.LayerNorm(64)
-    )
-
-
-def _train(model, batch, backward, step):
-    for _ in range(STEPS):
-        backward(model(batch).float().square().mean())
-        step()
-    return [weight.detach().float().cpu() for weight in model.parameters()]
+OVERLAP = "zero_optimization.overlap_comm"
+"""DeepSpeed then averages gradients on a stream of its own, and Merit's kernels must wait for it."""
+PINNED = {"device": "cpu", "pin_memory": True}
+"""DeepSpeed then copies gradients to the host without waiting, and Merit's kernel there must not come too early."""
+CELLS = {
+    **{f"stage {stage}": [{"wrapper": (stage, precision)} for precision in PRECISIONS] for stage in STAGES},
+    "overlapped": [{"wrapper": (stage, BF16), OVERLAP: True} for stage in (1, 2)],
+    "offloaded": [{"wrapper": (stage, BF16), OFFLOAD: PINNED} for stage in (1, 2)],
+}
 
 
-def _rank(rank, world, port, stage, results):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import deepspeed
-
-    import merit_ds  # noqa: F401  (registers the optimizer)
-
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "Merit", "params": {**SETTINGS, "fused": True}},
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 0,
-    }
-    torch.cuda.set_device(rank)
-    model = _model()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    batch = torch.randn(8, 301, generator=torch.Generator().manual_seed(1)).to(engine.device)
-    results[rank] = _train(engine, batch, engine.backward, engine.step)
+def check_on_gpu(rank: int, cells: list[Cell]) -> None:
+    """A rank's part. Nothing but the compiled kernels will do, so that a missing compiler is a failure."""
+    assert get_accelerator().device_name() == "cuda"
+    check_cells(rank, cells, {"fused": True})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_all_gpus_give_what_one_gives(stage):
-    """Every rank has the same batch, and their number is a power of two: the averaged gradient is each rank's."""
-    from merit_ds import Merit
-
-    world = 1 << (torch.cuda.device_count().bit_length() - 1)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    results = mp.Manager().dict()
-    mp.spawn(_rank, args=(world, port, stage, results), nprocs=world)
-    model = _model().cuda()
-    optimizer = Merit(model.parameters(), **SETTINGS, fused=True)
-
-    def step():
-        optimizer.step()
-        optimizer.zero_grad()
-
-    batch = torch.randn(8, 301, generator=torch.Generator().manual_seed(1)).cuda()
-    alone = _train(model, batch, torch.Tensor.backward, step)
-    for rank in range(world):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results[rank], alone, strict=True))
+@pytest.mark.parametrize("cells", CELLS.values(), ids=CELLS)
+def test_every_step_is_the_unsharded_one(cells):
+    world = torch.cuda.device_count()
+    run_ranks(world, check_on_gpu, [cell_of(settings | {"ranks": world}) for settings in cells], device="cuda")
