@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,39 @@ from merit_ds.training.tokenizer import build_tokenizer
 from merit_ds.training.trainer import Trainer
 
 CONTEXT = 16
+LLAMA = {
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "activation": "swiglu",
+    "ffn_hidden_size": 24,
+    "positions": "rotary",
+    "tied_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a model is split over ranks."""
+    """How a model, GPT-2 or a Llama with QK-Norm, is split over ranks."""
 
     tensor: int = 1
     sequence: bool = False
     recompute: bool = False
+    llama: bool = False
+
+    def whole(self) -> "Split":
+        """The same model, not split."""
+        return Split(llama=self.llama)
 
     def settings(self) -> dict[str, Any]:
-        return {
+        return (LLAMA if self.llama else {}) | {
             "tensor_parallel": self.tensor,
             "sequence_parallel": self.sequence,
             "activation_checkpointing": self.recompute,
         }
 
 
-SPLITS = (Split(), Split(2), Split(2, sequence=True), Split(4), Split(4, sequence=True, recompute=True))
+_GPT2_SPLITS = (Split(), Split(2), Split(2, sequence=True), Split(4), Split(4, sequence=True, recompute=True))
+SPLITS = (*_GPT2_SPLITS, *(replace(split, llama=True) for split in _GPT2_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,9 @@ def whole(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value.clone()
     pieces = [torch.empty_like(value) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
     dist.all_gather(pieces, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(pieces, dim=parameter.partition_dim)
+    # A gated MLP's first weight is two, one below the other, and each is split.
+    runs = zip(*(piece.chunk(parameter.partition_stride, dim=parameter.partition_dim) for piece in pieces), strict=True)
+    return torch.cat([part for run in runs for part in run], dim=parameter.partition_dim)
 
 
 def draw_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -67,6 +67,11 @@ def test_overrides_win_and_the_last_one_most(tmp_path: Path) -> None:
         ("model.num_attention_heads=5", "num_attention_heads 5 does not divide hidden_size 64"),
         ("model.tensor_parallel=3", "tensor_parallel 3 does not divide num_attention_heads 4"),
         ("model.tensor_parallel=0", r"model\.tensor_parallel: .*greater than 0"),
+        ("model.ffn_hidden_size=0", r"model\.ffn_hidden_size: .*greater than 0"),
+        ("model.norm=rms", r"model\.norm: .*'layernorm' or 'rmsnorm'"),
+        ("model.activation=relu", r"model\.activation: .*'gelu' or 'swiglu'"),
+        ("model.positions=rope", r"model\.positions: .*'learned' or 'rotary'"),
+        ("model.qk_norm=1", r"model\.qk_norm: .*boolean"),
         ("model.sequence_parallel=true", "sequence_parallel needs tensor_parallel above 1"),
         ("model.activation_checkpointing=1", r"model\.activation_checkpointing: .*boolean"),
         ("data.tokenizer=bpe", r"data\.tokenizer: .*'gpt2' or 'byte'"),
@@ -84,6 +89,14 @@ def test_a_sequence_that_does_not_split_is_refused(tmp_path: Path) -> None:
     assert load_config(write(tmp_path), overrides=split).model.tensor_parallel == 4
     message = refusal(write(tmp_path), *split, "model.seq_length=30")
     assert "tensor_parallel 4 does not divide seq_length 30, as sequence_parallel needs" in message
+
+
+def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    ffn = refusal(write(tmp_path), "model.tensor_parallel=2", "model.ffn_hidden_size=171")
+    assert "tensor_parallel 2 does not divide ffn_hidden_size 171" in ffn
+    odd = refusal(write(tmp_path), "model.hidden_size=60", "model.positions=rotary")
+    assert "hidden_size / num_attention_heads must be even" in odd
+    assert load_config(write(tmp_path), overrides=["model.hidden_size=60"]).model.ffn_width == 240
 
 
 @pytest.mark.parametrize(

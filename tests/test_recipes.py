@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every recipe under configs/: valid, of the paper's sizes, and the same run on any of the usual GPU counts."""
+"""Every recipe under configs/: valid, of the sizes that it says, and the same run on any of the usual GPU counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +25,12 @@ PAPER = {
     "gpt2_small_4k_48b": (SMALL, 4096, 11444, {"Merit": 9e-3}),
     "gpt2_medium_6k_48b": (MEDIUM, 6144, 7629, {"Merit": 9e-3}),
 }
+# Batch and tokens are the paper's; the shapes and the learning rates are ours.
+LLAMA = {
+    "llama_130m_1k": (123_587_328, 1024, 2479, {"Merit": 9e-3, "AdamW": 1e-3}),
+    "llama_350m_4k": (350_405_632, 4096, 1907, {"Merit": 9e-3, "AdamW": 4e-3}),
+}
+LARGE_SCALE = PAPER | LLAMA
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,14 +48,14 @@ def steps_of(recipe: Config, *, batch: int) -> int:
 
 
 def test_the_folder_holds_nothing_that_is_not_tested_here() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PAPER, "quickstart"}
-    tested = [path for recipe in (*PAPER, "quickstart") for path in deepspeed_files(recipe)]
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*LARGE_SCALE, "quickstart"}
+    tested = [path for recipe in (*LARGE_SCALE, "quickstart") for path in deepspeed_files(recipe)]
     assert sorted(CONFIGS.glob("*.json")) == sorted(tested)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_recipe_is_the_papers(name: str) -> None:
-    parameters, sequences, steps, rates = PAPER[name]
+@pytest.mark.parametrize("name", LARGE_SCALE)
+def test_a_recipe_is_what_it_says(name: str) -> None:
+    parameters, sequences, steps, rates = LARGE_SCALE[name]
     recipe = load_config(CONFIGS / f"{name}.yaml")
     assert recipe.model.seq_length == 1024
     assert Path(recipe.run.deepspeed) == CONFIGS / f"{name}.json"
@@ -66,9 +72,12 @@ def test_a_recipe_is_the_papers(name: str) -> None:
     model = build_model(recipe.model, vocab_size=50257, dtype=torch.bfloat16, device="meta", seed=recipe.run.seed)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
     assert all(p.device.type == "meta" for p in model.parameters())
+    head = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"{parameters / 1e6:.1f} M trainable parameters" in head and f"= {steps} steps" in head
+    assert ("all of these are ours" in head) == (name in LLAMA)
 
 
-@pytest.mark.parametrize("name", [*PAPER, "quickstart"])
+@pytest.mark.parametrize("name", [*LARGE_SCALE, "quickstart"])
 def test_the_schedule_follows_from_the_tokens(name: str) -> None:
     recipe = load_config(CONFIGS / f"{name}.yaml")
     for path in deepspeed_files(name):
@@ -78,18 +87,18 @@ def test_the_schedule_follows_from_the_tokens(name: str) -> None:
         assert ds_config["scheduler"]["type"] == "WarmupCosineLR"
         params = ds_config["scheduler"]["params"]
         # The paper's share; the quickstart's few steps need a longer warm-up.
-        assert params["warmup_num_steps"] == round(steps / (50 if name in PAPER else 20))
+        assert params["warmup_num_steps"] == round(steps / (50 if name in LARGE_SCALE else 20))
         assert (params["warmup_type"], params["cos_min_ratio"]) == ("linear", 0.1)
 
 
 @pytest.mark.parametrize("ranks", [8, 16, 64])
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", LARGE_SCALE)
 def test_the_batch_fits_any_usual_gpu_count(name: str, ranks: int) -> None:
     for path in deepspeed_files(name):
         ds_config = read_deepspeed_json(path)
         assert "gradient_accumulation_steps" not in ds_config
         batch = plan_batch(ds_config, ranks=ranks)
-        assert batch.micro_batch * batch.accumulation * ranks == batch.global_batch == PAPER[name][1]
+        assert batch.micro_batch * batch.accumulation * ranks == batch.global_batch == LARGE_SCALE[name][1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -44,7 +44,11 @@ DEEPSPEED = {
 }
 ZERO1, ZERO2 = {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}}
 BF16 = {"bf16": {"enabled": True}}
-KINDS = {"data": (ZERO1, Split()), "tensor": (ZERO2 | BF16, Split(2, sequence=True))}
+KINDS = {
+    "data": (ZERO1, Split()),
+    "tensor": (ZERO2 | BF16, Split(2, sequence=True)),
+    "llama": (ZERO1 | BF16, Split(2, llama=True)),
+}
 HOPS = {
     "zero1": (ZERO1, [(4, Split()), (2, Split()), (1, Split()), (3, Split())]),
     "zero2": (ZERO2 | BF16, [(4, Split()), (2, Split()), (1, Split()), (3, Split())]),
@@ -143,7 +147,7 @@ def train_in_pairs(rank: int, folder: Path) -> dict[str, Any]:
     again = [new_run(f"{kind}_again", split, zero) for kind, (zero, split) in KINDS.items()]
     whole_layers = new_run("whole_layers", Split(), KINDS["tensor"][0])
     if rank == 0:
-        for run, kind in ((again[0], "data"), (again[1], "tensor"), (whole_layers, "tensor")):
+        for run, kind in (*zip(again, KINDS, strict=True), (whole_layers, "tensor")):
             place(folder, run, copy=(kind, 4))
     dist.barrier()
     refusal = message(lambda: train_run(whole_layers, folder))
@@ -154,8 +158,8 @@ def train_in_pairs(rank: int, folder: Path) -> dict[str, Any]:
 def train_alone(rank: int, folder: Path) -> dict[str, Any]:
     """From step 4 on: refused, until the command that the refusal names has converted the checkpoint."""
     before = {}
-    for kind, (zero, _) in KINDS.items():
-        run = place(folder, new_run(f"{kind}_alone", Split(), zero), copy=(kind, 4))
+    for kind, (zero, split) in KINDS.items():
+        run = place(folder, new_run(f"{kind}_alone", split.whole(), zero), copy=(kind, 4))
         refusal = message(lambda run=run: train_run(run, folder))
         named = re.search(r"saved with ranks 2, this run has 1; convert it by (python -m .*), or start", refusal)
         subprocess.run([sys.executable, *shlex.split(named[1])[1:], "--workers", "2"], check=True)

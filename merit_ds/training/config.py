@@ -23,12 +23,24 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """GPT-2's shape, as Megatron-core names it."""
+    """The model's shape: GPT-2's by default, Llama's with rmsnorm, swiglu and rotary."""
 
     num_layers: int = Field(gt=0, description="transformer layers")
     hidden_size: int = Field(gt=0, description="width of the residual stream, d_model")
     num_attention_heads: int = Field(gt=0, description="attention heads; must divide hidden_size")
-    seq_length: int = Field(default=1024, gt=1, description="tokens of one sequence, and learned positions")
+    ffn_hidden_size: int | None = Field(default=None, gt=0, description="width inside the MLP; none: 4 x hidden_size")
+    activation: Literal["gelu", "swiglu"] = Field(
+        default="gelu", description="of the MLP; swiglu has a gate beside the width, half as many weights again"
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field(default="layernorm", description="before each part, and at the end")
+    qk_norm: bool = Field(default=False, description="such a norm over each head's queries and keys as well (QK-Norm)")
+    positions: Literal["learned", "rotary"] = Field(
+        default="learned", description="an embedding of seq_length rows, or a rotation of queries and keys (base 10000)"
+    )
+    tied_embeddings: bool = Field(default=True, description="the output layer's weight is the embedding's")
+    seq_length: int = Field(
+        default=1024, gt=1, description="tokens of one sequence; learned positions have as many rows"
+    )
     vocab_multiple: int = Field(default=128, gt=0, description="the vocabulary is padded to a multiple of this")
     init_std: float = Field(default=0.02, gt=0, description="N(0, init_std); residual outputs / sqrt(2 num_layers)")
     activation_checkpointing: bool = Field(
@@ -58,7 +70,30 @@ class ModelConfig(Section):
                 f"tensor_parallel {self.tensor_parallel} does not divide seq_length {self.seq_length}, "
                 "as sequence_parallel needs"
             )
+        if self.ffn_width % self.tensor_parallel:
+            raise ValueError(f"tensor_parallel {self.tensor_parallel} does not divide ffn_hidden_size {self.ffn_width}")
+        if self.positions == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError("positions: rotary turns pairs, so hidden_size / num_attention_heads must be even")
         return self
+
+    @property
+    def ffn_width(self) -> int:
+        """`ffn_hidden_size`, or its default."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    def identity(self) -> dict[str, Any]:
+        """What weights fit, whatever ranks share the work and whether activations are kept.
+
+        Settings that came after the first checkpoints are there only where they differ from what was fixed before.
+        """
+        settings = self.model_dump(exclude={"activation_checkpointing", "tensor_parallel", "sequence_parallel"})
+        settings["ffn_hidden_size"] = self.ffn_width
+        before = {name: type(self).model_fields[name].default for name in _YOUNGER}
+        before["ffn_hidden_size"] = 4 * self.hidden_size
+        return {name: value for name, value in settings.items() if name not in before or value != before[name]}
+
+
+_YOUNGER = ("activation", "norm", "qk_norm", "positions", "tied_embeddings")
 
 
 class DataConfig(Section):

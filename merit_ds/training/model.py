@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2 as Megatron-core's `GPTModel`.
+"""GPT-2, or a Llama-style model, as Megatron-core's `GPTModel`.
 
-No bias, no dropout, GELU (the erf form, as nanoGPT's), tied embeddings, learned positions. The layers are
-Transformer Engine's where it is installed and the model goes to a GPU, Megatron-core's local ones elsewhere.
+No bias, no dropout. GPT-2 has LayerNorm, GELU (the erf form, as nanoGPT's), learned positions and tied embeddings; the
+recipe may ask for RMSNorm, SwiGLU, rotary positions, an output layer of its own and QK-Norm instead. The layers are in
+`merit_ds.training.layers`.
 """
 
 import math
@@ -11,20 +12,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_TE,
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch.utils.checkpoint import checkpoint
 
 from merit_ds.errors import InputError
-from merit_ds.training.attention import CausalAttention
 from merit_ds.training.config import ModelConfig
+from merit_ds.training.layers import NORMALIZATION, CpuRotaryEmbedding, block_spec
 from merit_ds.training.parallel import allow_sequence_parallel_on_cpu, sum_partial_gradients
 
 
@@ -59,14 +52,15 @@ def padded_vocab(vocab_size: int, *, multiple: int) -> int:
 def build_model(
     model: ModelConfig, *, vocab_size: int, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> GPTModel:
-    """Build GPT-2 with weights that depend on `seed` alone, not on the rank, the ranks, their split or the device.
+    """Build the model with weights that depend on `seed` alone, not on the rank, the ranks, their split or the device.
 
     `GPTModel(tokens, position_ids, None, labels=labels)`, all int64 [b, s], gives the loss of each token, float32
     [b, s]; without labels it gives the logits [b, s, rows of this rank]. The padded rows of the vocabulary take
     part in the softmax, as in Megatron-LM; who samples from the logits must cut them off. Tensor-parallel ranks get the
     same losses, and after the backward pass the same gradients of the weights that they all hold.
 
-    LayerNorm's bias, which Megatron-core cannot leave out, is zero and frozen.
+    LayerNorm's bias, which Megatron-core cannot leave out, is zero and frozen. Rotary positions are those of the tokens
+    in the sequence, 0 to s - 1, whatever `position_ids` says.
 
     Args:
         model: the shape; `tensor_parallel` as given to `initialise_megatron`.
@@ -88,15 +82,19 @@ def build_model(
     if model.sequence_parallel and device.type == "cpu":
         allow_sequence_parallel_on_cpu()
     built_on = device if device.type == "meta" else torch.device("cpu")
+    rotary = model.positions == "rotary"
     with torch.random.fork_rng(devices=[]), built_on:
         torch.default_generator.manual_seed(seed)
         gpt = GPTModel(
             config=_transformer_config(model, dtype=dtype, device=device),
-            transformer_layer_spec=_block_spec(model, device=device),
+            transformer_layer_spec=block_spec(model, device=device),
             vocab_size=rows,
             max_sequence_length=model.seq_length,
-            share_embeddings_and_output_weights=True,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="rope" if rotary else "learned_absolute",
         )
+    if rotary and device.type == "cpu":
+        gpt.rotary_pos_emb = CpuRotaryEmbedding(gpt.config.kv_channels, rotary_percent=1.0, use_cpu_initialization=True)
     for name, parameter in gpt.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
@@ -118,31 +116,8 @@ def masked_mean(per_token: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tenso
     return (per_token * loss_mask).sum() / loss_mask.sum()
 
 
-class LayerNorm(torch.nn.LayerNorm):
-    """torch's layer norm with the constructor of a Megatron-core norm.
-
-    Megatron-core's own wrapper of it refuses sequence parallelism, because the gradients need a sum over ranks: the
-    attribute says so, to `sum_partial_gradients`.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class RecomputedLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer that keeps only its input and runs again in the backward pass.
-
-    For machines without a GPU, where Megatron-core's recomputation fails: it saves CUDA's random state.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Same arguments and results as `TransformerLayer.forward`."""
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
-
-
 def _transformer_config(model: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
+    gated = model.activation == "swiglu"
     recompute: dict[str, Any] = {}
     if model.activation_checkpointing and device.type == "cuda":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -155,7 +130,11 @@ def _transformer_config(model: ModelConfig, *, dtype: torch.dtype, device: torch
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        activation_func=torch.nn.functional.gelu,
+        ffn_hidden_size=model.ffn_width,
+        gated_linear_unit=gated,
+        activation_func=torch.nn.functional.silu if gated else torch.nn.functional.gelu,
+        normalization=NORMALIZATION[model.norm],
+        qk_layernorm=model.qk_norm,
         # Residual outputs get init_std / sqrt(2 num_layers) from this.
         init_method_std=model.init_std,
         # Draws the whole matrix on every rank and keeps this rank's part: the split does not change the weights.
@@ -166,19 +145,4 @@ def _transformer_config(model: ModelConfig, *, dtype: torch.dtype, device: torch
         # It would write into Megatron-LM's own gradient buffers, which DeepSpeed does not have.
         gradient_accumulation_fusion=False,
         **recompute,
-    )
-
-
-def _block_spec(model: ModelConfig, *, device: torch.device) -> Any:
-    if device.type == "cuda" and HAVE_TE:
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec()
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    # Megatron-core would take apex's or Transformer Engine's where installed, which need a GPU, and else one that
-    # refuses sequence parallelism.
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LayerNorm
-    if device.type != "cuda" and model.activation_checkpointing:
-        layer.module = RecomputedLayer
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * model.num_layers, layer_norm=layer.submodules.input_layernorm
     )

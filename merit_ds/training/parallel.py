@@ -26,13 +26,17 @@ class MegatronGroups:
 
 
 def sum_partial_gradients(model: torch.nn.Module) -> None:
-    """Under sequence parallelism, have the backward pass add up what each rank computes of a gradient.
+    """Have the backward pass add up a gradient of which each tensor-parallel rank computes a part.
 
-    A norm's weight is the same on all tensor-parallel ranks, but each sees only its share of the positions.
-    Megatron-core marks such parameters by `sequence_parallel` and leaves the sum to a step of its own training loop,
-    which DeepSpeed does not run. Each micro-batch's gradient is summed as it comes, before DeepSpeed accumulates and
-    reduces it: a small all-reduce for each such parameter, on all ranks of the group in the same order.
+    A norm's weight is the same on all tensor-parallel ranks. Under sequence parallelism each of them sees only its
+    share of the positions; Megatron-core marks such parameters by `sequence_parallel`. A norm of queries or keys sees
+    the rank's own heads, with and without sequence parallelism; Megatron-core knows it by its name. It leaves the
+    sums to a step of its own training loop (`finalize_model_grads`), which DeepSpeed does not run. Each micro-batch's
+    gradient is summed as it comes, before DeepSpeed accumulates and reduces it: a small all-reduce for each such
+    parameter, on all ranks of the group in the same order.
     """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
     group = parallel_state.get_tensor_model_parallel_group()
 
     def add_up(gradient: torch.Tensor) -> torch.Tensor:
@@ -40,8 +44,9 @@ def sum_partial_gradients(model: torch.nn.Module) -> None:
         dist.all_reduce(total, group=group)
         return total
 
-    for parameter in model.parameters():
-        if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
+    for name, parameter in model.named_parameters():
+        partial = getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
+        if parameter.requires_grad and partial:
             parameter.register_hook(add_up)  # type: ignore[no-untyped-call]
 
 

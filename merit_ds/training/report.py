@@ -79,11 +79,14 @@ class StepReport:
 def flops_per_sequence(model: ModelConfig, *, vocab_rows: int) -> float:
     """Model FLOPs of one sequence, forward and backward, as Megatron-LM counts them (arXiv 2104.04473, section 5.1).
 
-    96 B s l h^2 (1 + s/6h + V/16lh) there includes a second forward pass for recomputation; without it the factor
-    is 72 and the last term V/12lh.
+    A multiply-add is 2, and the backward pass twice the forward pass: 6 for each weight of a matrix and token, and
+    12 s^2 h in a layer for the scores and their use, whose masked half is counted too. For GPT-2 that is
+    72 B s l h^2 (1 + s/6h + V/12lh), the formula there without its second forward pass for recomputation.
     """
     s, h, layers = model.seq_length, model.hidden_size, model.num_layers
-    return 72 * s * layers * h**2 * (1 + s / (6 * h) + vocab_rows / (12 * layers * h))
+    mlp = (3 if model.activation == "swiglu" else 2) * h * model.ffn_width
+    weights = layers * (4 * h**2 + mlp) + vocab_rows * h
+    return 6.0 * s * weights + 12.0 * s**2 * h * layers
 
 
 class RunFolder:

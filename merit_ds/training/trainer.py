@@ -243,10 +243,8 @@ class Trainer:
                 )
 
     def _model_settings(self) -> dict[str, Any]:
-        """What a checkpoint fits, whatever ranks share the work and whether activations are kept."""
-        unimportant = {"activation_checkpointing", "tensor_parallel", "sequence_parallel"}
-        settings = self.plan.config.model.model_dump(exclude=unimportant)
-        return settings | {"vocab_size": self.data.tokenizer.vocab_size}
+        """What a checkpoint fits."""
+        return self.plan.config.model.identity() | {"vocab_size": self.data.tokenizer.vocab_size}
 
     def _sample(self) -> None:
         """Show sample text, drawn by the ranks that share rank 0's layers."""
