@@ -149,12 +149,13 @@ def train_run(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def float32_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """DeepSpeed's float32 weights, which a model in bfloat16 only has rounded."""
-    return {
-        name: whole(p, p.detach() if p.dtype == torch.float32 else safe_get_full_fp32_param(p))
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """DeepSpeed's float32 weights, which a model in bfloat16 only has rounded; the model's where it shows none."""
+    weights = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            master = None if p.dtype == torch.float32 else safe_get_full_fp32_param(p)
+            weights[name] = whole(p, p.detach().float() if master is None else master)
+    return weights
 
 
 def copy_until(source: Path, target: Path, *, step: int) -> None:

@@ -70,6 +70,11 @@ def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
 
 
+def optimizer_type(ds_config: dict[str, Any]) -> str:
+    """`optimizer.type` in lower case: DeepSpeed knows its own in any case."""
+    return str(section(ds_config, "optimizer").get("type")).lower()
+
+
 def place_monitors(ds_config: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """The JSON with its file-writing monitors under the run's folder, unless it says where they go.
 

@@ -10,7 +10,13 @@ import torch
 
 from merit_ds.errors import InputError
 from merit_ds.training.config import Config, ModelConfig, RunConfig
-from merit_ds.training.deepspeed_config import model_dtype, place_monitors, read_deepspeed_json, section
+from merit_ds.training.deepspeed_config import (
+    model_dtype,
+    optimizer_type,
+    place_monitors,
+    read_deepspeed_json,
+    section,
+)
 from merit_ds.training.schedule import Batch, check_scheduler, plan_batch, total_steps
 
 
@@ -44,6 +50,8 @@ def make_plan(config: Config) -> Plan:
     ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     _check_tensor_parallel(config.model, ds_config, ranks=world)
+    if optimizer_type(ds_config) == "muon":
+        _check_muon(config.model, ds_config)
     batch = plan_batch(ds_config, ranks=world // config.model.tensor_parallel)
     steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
     check_scheduler(ds_config, steps=steps)
@@ -83,6 +91,35 @@ def _check_tensor_parallel(model: ModelConfig, ds_config: dict[str, Any], *, ran
         raise InputError(
             "zero_optimization.stage 0 with bf16 or fp16 under model.tensor_parallel: DeepSpeed's gradient norm is "
             "wrong there; set the stage to 1 or 2"
+        )
+
+
+def _check_muon(model: ModelConfig, ds_config: dict[str, Any]) -> None:
+    """DeepSpeed's own Muon, where it is Muon: seen in 0.19.8, `tests/test_muon.py`.
+
+    It gives Muon the matrices whose names have neither "embed" nor "lm_head" in them, and the rest to Adam.
+    DeepSpeedZeroOptimizer, which ZeRO 1 and 2 get, orthogonalises before it takes the norm; BF16_Optimizer after.
+    """
+    if model.tensor_parallel > 1:
+        raise InputError(
+            "model.tensor_parallel above 1 with Muon: DeepSpeed would orthogonalise each rank's part of a matrix by "
+            "itself; set it to 1"
+        )
+    if not model.tied_embeddings:
+        raise InputError(
+            "model.tied_embeddings false with Muon: DeepSpeed would orthogonalise the output layer, which belongs to its "
+            "Adam; set it to true"
+        )
+    stage = section(ds_config, "zero_optimization").get("stage", 0)
+    offload = section(ds_config, "zero_optimization").get("offload_optimizer")
+    sums = section(ds_config, "data_types").get("grad_accum_dtype")
+    clips_first = stage == 0 or (
+        stage == 1 and not offload and sums == "fp32" and model_dtype(ds_config) == torch.bfloat16
+    )
+    if not clips_first and ds_config.get("gradient_clipping", 1.0) != 0:
+        raise InputError(
+            f"gradient_clipping with Muon under ZeRO stage {stage}: DeepSpeed would clip Muon's update, not the gradient; "
+            "set gradient_clipping to 0, or use bf16, stage 1 and data_types.grad_accum_dtype fp32"
         )
 
 

@@ -19,7 +19,7 @@ from merit_ds.training.checkpoint import holds_checkpoints
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
-from merit_ds.training.deepspeed_config import model_dtype, section
+from merit_ds.training.deepspeed_config import model_dtype, optimizer_type
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself
@@ -150,9 +150,9 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
 
 
 def _parameter_groups(plan: Plan, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """One group for Merit, which leaves vectors undecayed by itself; for other optimizers vectors are a group."""
+    """One group for our optimizers, which leave vectors undecayed by themselves; for others vectors are a group."""
     parameters = list(model.parameters())
-    if str(section(plan.ds_config, "optimizer").get("type")).lower() == "merit":
+    if optimizer_type(plan.ds_config).startswith("merit"):
         return [{"params": parameters}]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
