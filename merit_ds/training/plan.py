@@ -107,8 +107,8 @@ def _check_muon(model: ModelConfig, ds_config: dict[str, Any]) -> None:
         )
     if not model.tied_embeddings:
         raise InputError(
-            "model.tied_embeddings false with Muon: DeepSpeed would orthogonalise the output layer, which belongs to its "
-            "Adam; set it to true"
+            "model.tied_embeddings false with Muon: DeepSpeed would orthogonalise the output layer, its Adam's; "
+            "set it to true"
         )
     stage = section(ds_config, "zero_optimization").get("stage", 0)
     offload = section(ds_config, "zero_optimization").get("offload_optimizer")
@@ -118,7 +118,7 @@ def _check_muon(model: ModelConfig, ds_config: dict[str, Any]) -> None:
     )
     if not clips_first and ds_config.get("gradient_clipping", 1.0) != 0:
         raise InputError(
-            f"gradient_clipping with Muon under ZeRO stage {stage}: DeepSpeed would clip Muon's update, not the gradient; "
+            f"gradient_clipping with Muon under ZeRO stage {stage}: DeepSpeed would clip the update, not the gradient; "
             "set gradient_clipping to 0, or use bf16, stage 1 and data_types.grad_accum_dtype fp32"
         )
 
