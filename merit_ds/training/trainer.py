@@ -17,6 +17,7 @@ from merit_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from merit_ds.training.dataset import micro_batches
 from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
+from merit_ds.training.gauss_newton import GaussNewton
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.model import masked_mean, padded_vocab
 from merit_ds.training.plan import Plan, continues_itself
@@ -45,6 +46,7 @@ class Trainer:
         self._learning_rate = 0.0
         save = plan.config.run.save
         self._folder = RunFolder(Path(save)) if save else None
+        self._gauss_newton = GaussNewton(engine, plan, data)
 
     def resume(self) -> None:
         """Continue from `run.load`, or begin. With `run.load` equal to `run.save` the first start finds nothing there,
@@ -127,6 +129,7 @@ class Trainer:
         batch, device = self.plan.batch, self.plan.device
         # Nothing here draws random numbers; whatever may one day, draws the same after a restart.
         torch.manual_seed(self.plan.config.run.seed + self.step)
+        self._gauss_newton.before_step(self.step)
         first = self.step * batch.global_batch
         loss = torch.zeros((), device=device)
         skipped_before = self.engine.skipped_steps
