@@ -8,7 +8,7 @@ clipping, optimizer, schedule, monitors) stays in the JSON that `run.deepspeed` 
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -152,7 +152,7 @@ def load_config(path: Path, *, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from None
+        raise InputError(f"{path}: {explain(error, Config)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -185,25 +185,27 @@ def _apply_override(values: dict[str, Any], item: str) -> None:
         raise InputError(f"--set {item}: the value is not valid YAML") from None
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[Section]) -> str:
     """One problem as one sentence; unknown keys come first, as a misspelt key is also reported as missing."""
     first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = _known_keys(schema, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
     if first["type"] == "missing":
         return f"key {where!r} is missing"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+    given = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
+def _known_keys(schema: Any, location: tuple[int | str, ...]) -> list[str]:
     for part in location:
-        section = section.model_fields[str(part)].annotation
-    return list(section.model_fields)
+        fields = getattr(schema, "model_fields", None)
+        # Below dict[str, Section] and list[Section] the part is a label or a number.
+        schema = fields[str(part)].annotation if fields else get_args(schema)[-1]
+    return list(schema.model_fields)
 
 
 def reference() -> str:

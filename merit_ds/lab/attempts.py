@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who works on a run, and how long it took: locks, and `attempts.jsonl`.
+
+A lock is an flock on a file in the run's folder. The trainer inherits it, so it is held as long as either lives: a run
+whose lab was killed is still taken while its trainer goes on. The kernel frees it when they end in whatever way.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ATTEMPTS = "attempts.jsonl"
+
+
+def try_lock(folder: Path) -> int | None:
+    """Take a run's lock; returns its file descriptor, or None where another process has it.
+
+    The run is free again once every process that inherited the descriptor has closed it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process works on the run."""
+    if not (folder / "lock").exists():
+        return False
+    descriptor = try_lock(folder)
+    if descriptor is not None:
+        os.close(descriptor)
+    return descriptor is None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait for the lock at `path`, and hold it while entered."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def begin_attempt(folder: Path, *, log: Path) -> None:
+    """Note that a trainer starts now; the one before may have been killed together with its lab."""
+    end_attempt(folder, log=log)
+    _append(folder, {"start": time.time()})
+
+
+def end_attempt(folder: Path, *, log: Path) -> None:
+    """Note that the run's trainer has ended, with its last word in the log: perhaps long ago."""
+    rows = _read(folder)
+    if rows and "start" in rows[-1]:
+        _append(folder, {"end": max(log.stat().st_mtime, rows[-1]["start"])})
+
+
+def wall_seconds(folder: Path) -> float:
+    """Seconds in which a trainer worked on the run, interrupted attempts included."""
+    rows = _read(folder)
+    starts = [row["start"] for row in rows if "start" in row]
+    ends = [row["end"] for row in rows if "end" in row]
+    return round(float(sum(end - start for start, end in zip(starts, ends, strict=False))), 1)
+
+
+def _append(folder: Path, row: dict[str, Any]) -> None:
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ATTEMPTS
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

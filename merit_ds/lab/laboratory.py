@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that does a study's runs: starts what is ready, collects what has ended, until nothing is left.
+
+All of its state is in the study's folder, so it may be killed at any moment, started again, or be several processes:
+
+    DIR/study.yaml      the study, for the reader and the report
+    DIR/corpus*         links to the data that was given, with corpus.json telling its sha256
+    DIR/runs/ID/        a run: recipe.yaml, deepspeed.json, what the trainer writes, and result.json once it is finished
+    DIR/results.jsonl   every finished run's result
+    DIR/tuning.json     every list of learning rates with its losses and its best
+"""
+
+import fnmatch
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merit_ds.lab.attempts import end_attempt, try_lock
+from merit_ds.lab.points import Expansion, Point, expand
+from merit_ds.lab.recipe import RunPlan, check_plan, plan_run, write_plan
+from merit_ds.lab.result import (
+    FAILED,
+    LOG,
+    final_loss,
+    losses_of,
+    read_results,
+    write_result,
+    write_results,
+    write_tunings,
+)
+from merit_ds.lab.study import Study
+from merit_ds.lab.trainer_process import Machine, TrainerProcess
+from merit_ds.training.interrupt import Interrupt
+from merit_ds.training.report import RunFolder
+
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class State:
+    """What a display shows.
+
+    Attributes:
+        results: id -> result of the finished runs, those of other processes included.
+        running: this process's, in the order of their start.
+        elsewhere: ids of runs that another process works on.
+        todo: runs that can be started.
+        expansion: the whole study.
+    """
+
+    expansion: Expansion
+    results: dict[str, dict[str, Any]]
+    running: list[TrainerProcess] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    todo: list[RunPlan] = field(default_factory=list)
+    stopping: bool = False
+
+
+class Laboratory:
+    """One process's work on a study.
+
+    Args:
+        source: the study's folder, which its recipes are relative to.
+        output: the folder of its runs.
+        data: what identifies the corpus, for the results.
+        only: names of grids and patterns of ids; empty: all runs.
+        retry_failed: do runs again that failed (not those that diverged).
+        tell: called with a line for each event.
+        show: called with the state, about twice a second.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        *,
+        source: Path,
+        output: Path,
+        machine: Machine,
+        data: dict[str, Any],
+        vocab: bool = False,
+        only: list[str],
+        retry_failed: bool = False,
+        tell: Callable[[str], None],
+        show: Callable[[State], None],
+    ) -> None:
+        self.study, self.output, self.machine = study, output, machine
+        self._source, self._data, self._vocab, self._only = source, data, vocab, only
+        self._tell, self._show = tell, show
+        self._plans: dict[str, RunPlan] = {}
+        self._given_up: set[str] = set()
+        self._told: set[str] = set()
+        if retry_failed:
+            for id_, result in read_results(output).items():
+                if result["status"] == FAILED:
+                    (output / "runs" / id_ / "result.json").unlink()
+        self.state = State(Expansion([], {}, {}, {}), {})
+        self._refresh()
+
+    def run(self) -> State:
+        """Do every run that is not finished; returns the last state. SIGINT and SIGTERM stop it, with checkpoints."""
+        with Interrupt() as interrupt:
+            while True:
+                if interrupt.received and not self.state.stopping:
+                    self._stop()
+                if self._collect():
+                    self._publish()
+                if not self.state.stopping:
+                    self._start()
+                if not self.state.running and (self.state.stopping or not self.state.elsewhere):
+                    break
+                self._show(self.state)
+                time.sleep(POLL_SECONDS)
+        self._publish()
+        return self.state
+
+    def plan(self, point: Point) -> RunPlan:
+        """The point's files and steps. Raises: InputError: they are not valid, or the run's folder holds others."""
+        if point.id not in self._plans:
+            plan = plan_run(self.study, point, folder=self._source, ranks=self.machine.ranks, vocab=self._vocab)
+            check_plan(self._folder(point.id), plan)
+            self._plans[point.id] = plan
+        return self._plans[point.id]
+
+    def _folder(self, id_: str) -> Path:
+        return self.output / "runs" / id_
+
+    def _refresh(self) -> None:
+        """Read the results anew, and find out which runs they make known."""
+        state = self.state
+        state.results = read_results(self.output)
+        state.expansion = expand(self.study, losses_of(state.results))
+        busy = {process.plan.point.id for process in state.running}
+        chosen = [point for point in state.expansion.points if self._is_chosen(point)]
+        plans = [self.plan(point) for point in chosen]
+        state.todo = [p for p in plans if p.point.id not in state.results.keys() | busy | self._given_up]
+        for tuning in state.expansion.tunings.values():
+            text = describe_edge(tuning)
+            if text and text not in self._told:
+                self._told.add(text)
+                self._tell(text)
+
+    def _publish(self) -> None:
+        self._refresh()
+        write_results(self.output)
+        write_tunings(self.output, self.state.expansion.tunings)
+
+    def _is_chosen(self, point: Point) -> bool:
+        return not self._only or any(name == point.grid or fnmatch.fnmatch(point.id, name) for name in self._only)
+
+    def _start(self) -> None:
+        """Fill the free places with runs that no other process has."""
+        state = self.state
+        state.elsewhere = []
+        for plan in list(state.todo):
+            if len(state.running) == self.machine.jobs:
+                return
+            folder = self._folder(plan.point.id)
+            lock = try_lock(folder)
+            if lock is None:
+                state.elsewhere.append(plan.point.id)
+                continue
+            state.todo.remove(plan)
+            if (folder / "result.json").exists():  # another process has finished it since the last look
+                os.close(lock)
+                self._refresh()
+                return self._start()
+            write_plan(folder, plan)
+            if final_loss(RunFolder(folder).rows(), steps=plan.steps) is not None:
+                # Its trainer came to its end after its lab was killed.
+                self._finish(plan, folder)
+                os.close(lock)
+                self._publish()
+                return self._start()
+            slot = min(set(range(self.machine.jobs)) - {process.slot for process in state.running})
+            state.running.append(TrainerProcess(plan, folder, lock=lock, slot=slot, machine=self.machine))
+            self._tell(f"started   {plan.point.id}, {plan.steps} steps")
+
+    def _collect(self) -> bool:
+        """Take the runs that have ended; returns whether there were any."""
+        ended = [process for process in self.state.running if process.ended()]
+        for process in ended:
+            self.state.running.remove(process)
+            id_, folder = process.plan.point.id, process.folder
+            at_end = final_loss(RunFolder(folder).rows(), steps=process.plan.steps) is not None
+            if at_end or not (self.state.stopping or process.killed or process.succeeded):
+                self._finish(process.plan, folder)
+            else:
+                self._given_up.add(id_)
+                how = f"by {process.killed}" if process.killed else "by a signal"
+                self._tell(f"stopped   {id_} {how}; run the same command to go on with it")
+            process.release()
+        return bool(ended)
+
+    def _finish(self, plan: RunPlan, folder: Path) -> None:
+        end_attempt(folder, log=folder / LOG)
+        result = write_result(
+            self.study, plan, folder, threads=self.machine.threads, ranks=self.machine.ranks, data=self._data
+        )
+        if not self.study.keep_checkpoints and result["status"] != FAILED:
+            remove_checkpoints(folder)
+        loss = result["final_valid_loss"]
+        text = result["reason"] or f"validation loss {loss:.4f}"
+        self._tell(f"{result['status']:9} {plan.point.id}: {text} ({result['wall_seconds']:.0f} s)")
+
+    def _stop(self) -> None:
+        self.state.stopping = True
+        self._tell(f"stopping: {len(self.state.running)} runs save a checkpoint and end")
+        for process in self.state.running:
+            process.stop()
+
+
+def describe_edge(tuning: Any) -> str | None:
+    """A warning where the best learning rate of a list is its first or last."""
+    if tuning.edge is None:
+        return None
+    rates = ", ".join(f"{rate:g}" for rate in tuning.losses)
+    return (
+        f"WARNING   {tuning.cell}: the best learning rate {tuning.best:g} is the {tuning.edge}est of {rates}; "
+        "a better one may lie outside: widen the grid"
+    )
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints; its report, metrics and curve stay."""
+    for path in [*folder.glob("global_step*"), folder / "unfinished_checkpoint"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("latest", "zero_to_fp32.py", "zero_to_torch.py"):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a study and the losses so far to the runs that are known now: pure functions.
+
+A grid with `lr: best` waits for the grids that list learning rates: it takes the rate with the lowest final validation
+loss (the mean over their seeds) of the same optimizer, batch, model and budget. A run that diverged or failed counts
+as an infinite loss. A best rate at the end of its list proves little, so that is recorded, and with `extend` the list
+grows until the best is inside.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from merit_ds.errors import InputError
+from merit_ds.lab.study import BEST, Grid, Study, slug
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What shares one tuning of the learning rate. `batch` is in sequences, `tokens` the budget of a run."""
+
+    optimizer: str
+    model: str
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        model = "" if self.model == "default" else f", model {self.model}"
+        return f"{self.optimizer} at batch {self.batch}{model}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run. `lr` is the peak learning rate; `id` is also its folder's name."""
+
+    cell: Cell
+    lr: float
+    seed: int
+    id: str
+    grid: str
+    """The first grid that asks for it."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is known of a cell's learning rates.
+
+    Attributes:
+        losses: rate -> final validation loss, mean over the seeds, infinite where one diverged or failed; None
+            where a run is not finished. Ascending rates.
+        best: the rate with the lowest loss, once all are finished and one is finite.
+        edge: "low" or "high" where the best is the first or last of several rates.
+        added: rates that `extend` has added.
+    """
+
+    cell: Cell
+    losses: dict[float, float | None]
+    best: float | None
+    edge: str | None
+    added: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rate has its loss."""
+        return None not in self.losses.values()
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The runs of a study as far as they are known.
+
+    Attributes:
+        points: every run whose learning rate is known, in the order of the study, finished ones included.
+        waiting: cell -> number of its runs that wait for the best learning rate of `tunings`.
+        hopeless: like `waiting`, but every learning rate diverged or failed.
+        tunings: by the cell whose rates are listed.
+    """
+
+    points: list[Point]
+    waiting: dict[Cell, int]
+    hopeless: dict[Cell, int]
+    tunings: dict[Cell, Tuning]
+
+
+def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
+    """The study's runs, given the finished ones.
+
+    Args:
+        losses: id -> final validation loss of each finished run; infinity where it diverged or failed.
+
+    Raises:
+        InputError: a grid asks for the best of rates that no grid lists.
+    """
+    tunings, points = _tunings(study, losses)
+    waiting: dict[Cell, int] = {}
+    hopeless: dict[Cell, int] = {}
+    for grid in study.grids:
+        if grid.lr == BEST:
+            for cell in _cells(study, grid):
+                tuning = tunings.get(_source(study, cell))
+                if tuning is None:
+                    raise InputError(
+                        f"grid {grid.name!r}: no grid lists learning rates for {_source(study, cell)} "
+                        f"({cell.tokens} tokens), of which it wants the best"
+                    )
+                if tuning.best is not None:
+                    for point in _points(study, grid, cell, [tuning.best]):
+                        points.setdefault(point.id, point)
+                else:
+                    target = hopeless if tuning.finished else waiting
+                    target[cell] = target.get(cell, 0) + len(grid.seed)
+    return Expansion(list(points.values()), waiting, hopeless, tunings)
+
+
+def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuning], dict[str, Point]]:
+    """The state of each list of learning rates, and all their runs by id."""
+    lists: dict[Cell, list[Point]] = {}
+    extend: dict[Cell, int] = {}
+    for grid in study.grids:
+        if grid.lr != BEST:
+            for cell in _cells(study, grid):
+                rates = grid.learning_rates(cell.optimizer)
+                lists.setdefault(cell, []).extend(_points(study, grid, cell, rates))
+                extend[cell] = max(extend.get(cell, 0), grid.extend)
+    tunings = {cell: _tune(study, listed, losses, extend=extend[cell]) for cell, listed in lists.items()}
+    points: dict[str, Point] = {}
+    for listed in lists.values():  # _tune has added to them
+        for point in listed:
+            points.setdefault(point.id, point)
+    return tunings, points
+
+
+def _cells(study: Study, grid: Grid) -> list[Cell]:
+    tokens = grid.tokens or study.tokens
+    return [
+        Cell(optimizer, model, batch, tokens)
+        for model in study.models_of(grid)
+        for batch in grid.batch
+        for optimizer in grid.optimizer
+    ]
+
+
+def _source(study: Study, cell: Cell) -> Cell:
+    """Whose best learning rate the cell takes."""
+    optimizer = study.optimizers[cell.optimizer].lr_of or cell.optimizer
+    return Cell(optimizer, study.models[cell.model].lr_of or cell.model, cell.batch, cell.tokens)
+
+
+def _points(study: Study, grid: Grid, cell: Cell, rates: list[float]) -> list[Point]:
+    seeds = list(dict.fromkeys(grid.seed))
+    return [Point(cell, rate, seed, _id(study, cell, rate, seed), grid.name) for rate in rates for seed in seeds]
+
+
+def _id(study: Study, cell: Cell, rate: float, seed: int) -> str:
+    """Readable, unique, and the same whatever else is in the study."""
+    parts = [slug(cell.optimizer), f"b{cell.batch}", f"lr{rate:.6g}", f"s{seed}"]
+    if cell.model != "default":
+        parts.insert(0, slug(cell.model))
+    if cell.tokens != study.tokens:
+        parts.append(f"t{cell.tokens}")
+    return "-".join(parts)
+
+
+def _tune(study: Study, listed: list[Point], losses: Mapping[str, float], *, extend: int) -> Tuning:
+    """Compare the rates in `listed`, to which rates are added, at most `extend`, while the best is at an edge."""
+    cell, grid, added = listed[0].cell, listed[0].grid, 0
+    while True:
+        tuning = _compare(cell, listed, losses, added=added)
+        if tuning.edge is None or added == extend:
+            return tuning
+        rates = list(tuning.losses)
+        low = tuning.edge == "low"
+        near, next_to_it = (rates[0], rates[1]) if low else (rates[-1], rates[-2])
+        rate = float(f"{near * near / next_to_it:.6g}")
+        seeds = dict.fromkeys(point.seed for point in listed)
+        listed += [Point(cell, rate, seed, _id(study, cell, rate, seed), grid) for seed in seeds]
+        added += 1
+
+
+def _compare(cell: Cell, listed: list[Point], losses: Mapping[str, float], *, added: int) -> Tuning:
+    by_rate: dict[float, list[float | None]] = {}
+    for point in sorted({point.id: point for point in listed}.values(), key=lambda point: point.lr):
+        by_rate.setdefault(point.lr, []).append(losses.get(point.id))
+    means: dict[float, float | None] = {}
+    for rate, found in by_rate.items():
+        numbers = [loss for loss in found if loss is not None]
+        means[rate] = sum(numbers) / len(numbers) if len(numbers) == len(found) else None
+    finite = {rate: loss for rate, loss in means.items() if loss is not None and math.isfinite(loss)}
+    finished = None not in means.values()
+    best = min(finite, key=lambda rate: finite[rate]) if finite and finished else None
+    rates = list(means)
+    edge = None
+    if best is not None and len(rates) > 1:
+        edge = "low" if best == rates[0] else "high" if best == rates[-1] else None
+    return Tuning(cell, means, best, edge, added)
