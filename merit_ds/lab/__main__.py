@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from merit_ds.errors import InputError
+from merit_ds.lab import slurm
 from merit_ds.lab.laboratory import Laboratory
 from merit_ds.lab.progress import Display, summary
+from merit_ds.lab.status import describe
 from merit_ds.lab.study import load_study
 from merit_ds.lab.trainer_process import share_machine
 from merit_ds.training.cli import report_errors
@@ -69,7 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--retry-failed", action="store_true", help="do failed runs again; diverged ones are results")
     run.add_argument("--script", type=Path, default=Path("pretrain_gpt.py"), metavar="FILE", help="the trainer")
     run.add_argument("--vocab", type=Path, metavar="FILE", help="GPT-2 BPE ranks, for machines without a network")
+    run.add_argument("--slurm", action="store_true", help="write and submit an array with a task for each run")
+    run.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="for the array, such as --sbatch=--time=8:00:00"
+    )
     run.set_defaults(act=_run)
+    status = commands.add_parser("status", help="what is done, goes on and is left in a study's folder")
+    status.add_argument("output", type=Path, metavar="DIR", help="the study's folder")
+    status.set_defaults(act=_status)
     commands.add_parser("report", help="plots and tables of studies' folders", add_help=False)
     return parser
 
@@ -105,6 +114,8 @@ def _run(arguments: argparse.Namespace) -> int:
     display.tell(
         f"{machine.jobs} at a time, {machine.ranks} ranks, {machine.threads} threads: {summary(state, machine)}"
     )
+    if arguments.slurm:
+        return _submit(arguments, [plan.point.id for plan in state.todo])
     state = laboratory.run()
     display.clear()
     for cell, count in state.expansion.hopeless.items():
@@ -113,6 +124,29 @@ def _run(arguments: argparse.Namespace) -> int:
     display.tell(f"results   {output / 'results.jsonl'}")
     unfinished = state.todo or state.stopping or (state.expansion.hopeless and not arguments.only)
     return 1 if unfinished else 0
+
+
+def _submit(arguments: argparse.Namespace, ids: list[str]) -> int:
+    if not ids:
+        print("nothing to submit: no run is left that can be started now")
+        return 0
+    values = {"--data": arguments.data, "--output": arguments.output, "--script": arguments.script}
+    values |= {"--ranks": arguments.ranks, "--vocab": arguments.vocab}
+    options = [text for name, value in values.items() if value is not None for text in (name, str(value))]
+    command = ["run", str(arguments.study), "--jobs", "1", *options]
+    script = slurm.write_array(arguments.output, ids, command=command, options=arguments.sbatch)
+    job = slurm.submit(script)
+    if job is None:
+        print(f"{script} holds {len(ids)} runs; there is no sbatch here: submit it from this folder on the cluster")
+    else:
+        print(f"job {job}: {len(ids)} runs, by {script}")
+    print("once they are done, the same command submits the runs that they make known, and those that were cut short")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    print("\n".join(describe(arguments.output)))
+    return 0
 
 
 def _describe_data(prefix: str) -> dict[str, Any]:

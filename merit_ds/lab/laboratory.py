@@ -110,7 +110,9 @@ class Laboratory:
                     self._publish()
                 if not self.state.stopping:
                     self._start()
-                if not self.state.running and (self.state.stopping or not self.state.elsewhere):
+                # Of a part of the study nothing depends on what other processes do.
+                wait = self.state.elsewhere and not self.state.stopping and not self._only
+                if not self.state.running and not wait:
                     break
                 self._show(self.state)
                 time.sleep(POLL_SECONDS)
@@ -186,8 +188,10 @@ class Laboratory:
             self.state.running.remove(process)
             id_, folder = process.plan.point.id, process.folder
             at_end = final_loss(RunFolder(folder).rows(), steps=process.plan.steps) is not None
-            if at_end or not (self.state.stopping or process.killed or process.succeeded):
+            if at_end or not (self.state.stopping or process.killed or process.succeeded or process.port_taken):
                 self._finish(process.plan, folder)
+            elif process.port_taken:
+                self._tell(f"again     {id_}: another process took its port")
             else:
                 self._given_up.add(id_)
                 how = f"by {process.killed}" if process.killed else "by a signal"

@@ -16,7 +16,7 @@ from merit_ds.errors import InputError
 from merit_ds.lab.points import Point
 from merit_ds.lab.study import Study
 from merit_ds.training.config import load_config
-from merit_ds.training.deepspeed_config import MONITORS, read_deepspeed_json
+from merit_ds.training.deepspeed_config import MONITORS, check_deepspeed, read_deepspeed_json
 from merit_ds.training.manifest import write_text
 from merit_ds.training.schedule import check_scheduler, plan_batch, total_steps
 
@@ -79,6 +79,7 @@ def plan_run(study: Study, point: Point, *, folder: Path, ranks: int, vocab: boo
         config = load_config(base, overrides=_overrides(every | changes))
         data_ranks = ranks // config.model.tensor_parallel
         deepspeed = _deepspeed(study, point, read_deepspeed_json(Path(config.run.deepspeed)), steps, ranks=data_ranks)
+        check_deepspeed(deepspeed)
         plan_batch(deepspeed, ranks=data_ranks)
         check_scheduler(deepspeed, steps=steps)
     except InputError as error:

@@ -82,7 +82,7 @@ class Grid(Section):
             value = value[label]
         rates = _progression(value) if isinstance(value, dict) else value
         if not isinstance(rates, list) or not rates or not all(_is_positive(rate) for rate in rates):
-            raise ValueError(f"lr of {label} must be positive numbers or {{from, to, factor}}, not {value!r}")
+            raise ValueError(f"lr of {label} must be positive numbers, {{from, to, factor}} or `best`, not {value!r}")
         return sorted({float(rate) for rate in rates})
 
 

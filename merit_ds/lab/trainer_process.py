@@ -84,6 +84,7 @@ class TrainerProcess:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         begin_attempt(folder, log=folder / LOG)
         with (folder / LOG).open("ab") as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C in the terminal reaches the lab alone, which signals the whole group.
             self._process = subprocess.Popen(
                 _command(machine, port),
@@ -119,6 +120,12 @@ class TrainerProcess:
     def succeeded(self) -> bool:
         """Whether it says itself that all went well: it is done, or was asked to stop."""
         return self._process.returncode == 0
+
+    @property
+    def port_taken(self) -> bool:
+        """Whether it ended because another process took its port between the choice and the start."""
+        text = (self.folder / LOG).read_bytes()[self._log_start :]
+        return not self.succeeded and b"EADDRINUSE" in text
 
     def stop(self) -> None:
         """Ask it to save a checkpoint and end."""

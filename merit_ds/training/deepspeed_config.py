@@ -27,9 +27,7 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         if not isinstance(values, dict):
             raise InputError("a DeepSpeed config is a JSON object; see configs/ for examples")
-        model_dtype(values)
-        _check_zero_stage(values)
-        _check_optimizer(values)
+        check_deepspeed(values)
     except OSError as error:
         raise InputError(f"{path}: cannot read the DeepSpeed JSON: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -39,6 +37,17 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return values
+
+
+def check_deepspeed(values: dict[str, Any]) -> None:
+    """Check a DeepSpeed JSON's content.
+
+    Raises:
+        InputError: as `read_deepspeed_json` says.
+    """
+    model_dtype(values)
+    _check_zero_stage(values)
+    _check_optimizer(values)
 
 
 def section(ds_config: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -93,10 +93,11 @@ class Trainer:
                 if self.step % run.log_interval == 0 or last or self._bad_steps.in_a_row:
                     self._log()
                 self._bad_steps.check(self.step)
-                if self.step % run.save_interval == 0 or last:
-                    self._save()
+                # Before the checkpoint: a run that is killed between them does both again, and loses neither.
                 if self.step % run.eval_interval == 0 or last:
                     self._evaluate()
+                if self.step % run.save_interval == 0 or last:
+                    self._save()
 
     def close(self) -> None:
         """Write the curve and the sample, and say where everything lies."""

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study's YAML, and the runs that follow from it and from the losses so far: no run is started here."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from merit_ds.errors import InputError
+from merit_ds.lab.points import Cell, expand
+from merit_ds.lab.recipe import check_plan, plan_run, write_plan
+from merit_ds.lab.study import load_study
+
+REPOSITORY = Path(__file__).parent.parent
+STUDIES = sorted((REPOSITORY / "configs" / "studies").rglob("*.yaml"))
+RECIPE = """
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 2, seq_length: 32}
+data: {prefix: data, tokenizer: byte}
+run: {deepspeed: tiny.json, train_tokens: 1, sample_tokens: 9}
+"""
+STUDY = """
+base: tiny.yaml
+tokens: 81_920
+micro_batch: 16
+set: {model.num_layers: 3}
+deepspeed: {zero_optimization: {stage: 1}}
+optimizers:
+  AdamW: {type: AdamW, params: {eps: 1e-8}}
+  MERIT: {type: Merit}
+  MERIT without clip: {type: Merit, params: {clip: null}, lr_of: MERIT}
+grids:
+  - {name: coarse, optimizer: [AdamW, MERIT], batch: [8, 48], lr: {AdamW: [1e-3, 2e-3, 4e-3], MERIT: {
+      from: 1e-2, to: 4e-2, factor: 2}}}
+  - {name: seeds, optimizer: [AdamW, MERIT], batch: [8, 48], seed: [1, 2, 3], lr: best}
+  - {name: ablations, optimizer: [MERIT without clip], batch: [8], seed: [1, 2], lr: best}
+"""
+ADAMW, MERIT = Cell("AdamW", "default", 8, 81920), Cell("MERIT", "default", 8, 81920)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A function from changes, old text -> new text, to the study that they make of STUDY."""
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "tiny.json").write_text(
+        '{"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": true}, "optimizer": {"type": "Merit", "params": {"lr": 1}},'
+        ' "gradient_clipping": 0.5}'
+    )
+
+    def load_changed(changes=None):
+        text = STUDY
+        for old, new in (changes or {}).items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "study.yaml").write_text(text)
+        return load_study(tmp_path / "study.yaml")
+
+    return load_changed
+
+
+def ids(expansion):
+    return [point.id for point in expansion.points]
+
+
+def test_a_grid_is_every_combination_and_best_ones_wait(load):
+    expansion = expand(load(), {})
+    expected = [f"AdamW-b8-lr{lr}-s1" for lr in ("0.001", "0.002", "0.004")]
+    assert ids(expansion)[:6] == expected + [f"MERIT-b8-lr{lr}-s1" for lr in ("0.01", "0.02", "0.04")]
+    assert len(ids(expansion)) == len(set(ids(expansion))) == 12
+    assert {str(cell): count for cell, count in expansion.waiting.items()} == {
+        "AdamW at batch 8": 3,
+        "MERIT at batch 8": 3,
+        "AdamW at batch 48": 3,
+        "MERIT at batch 48": 3,
+        "MERIT without clip at batch 8": 2,
+    }
+
+
+def test_the_best_is_taken_once_every_rate_has_its_loss(load):
+    losses = {"MERIT-b8-lr0.01-s1": 2.0, "MERIT-b8-lr0.02-s1": 1.5}
+    assert expand(load(), losses).waiting[MERIT] == 3
+    expansion = expand(load(), losses | {"MERIT-b8-lr0.04-s1": 1.7})
+    assert expansion.tunings[MERIT].best == 0.02 and expansion.tunings[MERIT].edge is None
+    assert MERIT not in expansion.waiting and expansion.waiting[ADAMW] == 3
+    new = set(ids(expansion)) - set(ids(expand(load(), {})))
+    assert new == {
+        "MERIT-b8-lr0.02-s2",
+        "MERIT-b8-lr0.02-s3",
+        "MERIT_without_clip-b8-lr0.02-s1",
+        "MERIT_without_clip-b8-lr0.02-s2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "edge"),
+    [
+        ((1.0, 2.0, 3.0), 0.01, "low"),
+        ((3.0, 2.0, 1.0), 0.04, "high"),
+        ((3.0, 2.0, math.inf), 0.02, None),
+        ((math.inf, 2.0, math.inf), 0.02, None),
+        ((math.inf, math.inf, 2.0), 0.04, "high"),
+        ((math.inf, math.inf, math.inf), None, None),
+    ],
+)
+def test_an_edge_is_seen_and_a_diverged_run_is_an_infinite_loss(load, losses, best, edge):
+    found = {f"MERIT-b8-lr{lr}-s1": loss for lr, loss in zip((0.01, 0.02, 0.04), losses, strict=True)}
+    expansion = expand(load(), found)
+    assert (expansion.tunings[MERIT].best, expansion.tunings[MERIT].edge) == (best, edge)
+    assert (MERIT in expansion.hopeless) == (best is None)
+
+
+def test_one_rate_has_no_edge_and_seeds_are_averaged(load):
+    single = load({"{\n      from: 1e-2, to: 4e-2, factor: 2}": "[0.02]"})
+    tuning = expand(single, {"MERIT-b8-lr0.02-s1": 1.0}).tunings[MERIT]
+    assert (tuning.best, tuning.edge) == (0.02, None)
+    two = load({"batch: [8, 48], lr: {": "batch: [8, 48], seed: [1, 2], lr: {"})
+    found = {"MERIT-b8-lr0.01-s1": 1.0, "MERIT-b8-lr0.01-s2": 3.0, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.02-s2": 1.6}
+    found |= {"MERIT-b8-lr0.04-s1": 1.4}
+    assert expand(two, found).tunings[MERIT].best is None
+    tuning = expand(two, found | {"MERIT-b8-lr0.04-s2": math.inf}).tunings[MERIT]
+    assert tuning.losses == {0.01: 2.0, 0.02: 1.55, 0.04: math.inf} and tuning.best == 0.02
+
+
+def test_extend_goes_on_until_the_best_is_inside_or_the_bound_is_met(load):
+    study = load({"batch: [8, 48], lr: {": "batch: [8, 48], extend: 2, lr: {"})
+    losses = {f"MERIT-b8-lr{lr}-s1": loss for lr, loss in ((0.01, 1.0), (0.02, 2.0), (0.04, 3.0))}
+    assert "MERIT-b8-lr0.005-s1" in ids(expand(study, losses))
+    assert expand(study, losses).waiting[MERIT] == 3
+    inside = expand(study, losses | {"MERIT-b8-lr0.005-s1": 1.1}).tunings[MERIT]
+    assert (inside.best, inside.edge, inside.added) == (0.01, None, 1)
+    losses |= {"MERIT-b8-lr0.005-s1": 0.9, "MERIT-b8-lr0.0025-s1": 0.8}
+    bound = expand(study, losses)
+    assert (bound.tunings[MERIT].best, bound.tunings[MERIT].edge) == (0.0025, "low")
+    assert not any("lr0.00125" in id_ for id_ in ids(bound)) and "MERIT-b8-lr0.0025-s3" in ids(bound)
+
+
+def test_a_model_may_take_the_rates_of_another(load):
+    models = "models: {plain: {}, deep: {set: {model.num_layers: 4}, micro_batch: 2, lr_of: plain}}\noptimizers:"
+    study = load(
+        {
+            "optimizers:": models,
+            "batch: [8, 48], lr: {": "batch: [8, 48], model: [plain], lr: {",
+            "batch: [8, 48], seed: [1, 2, 3], lr": "batch: [8], model: [deep], seed: [1], tokens: 163840, lr",
+            "batch: [8], seed: [1, 2], lr: best": "batch: [8], model: [deep], seed: [1], lr: best",
+        }
+    )
+    with pytest.raises(InputError, match=r"AdamW at batch 8, model plain \(163840 tokens\)"):
+        expand(study, {})
+
+
+def test_files_follow_from_recipe_study_and_point(load, tmp_path):
+    study = load()
+    point = expand(study, {}).points[-1]
+    assert (point.cell.optimizer, point.cell.batch) == ("MERIT", 48)
+    plan = plan_run(study, point, folder=tmp_path, ranks=2, vocab=False)
+    assert plan.steps == 81920 // 48 // 32 == 53
+    assert plan.recipe["model"]["num_layers"] == 3 and plan.recipe["run"]["sample_tokens"] == 0
+    assert plan.recipe["run"]["eval_interval"] == 2 and plan.recipe["run"]["save_interval"] == 5
+    assert plan.recipe["data"]["prefix"] == "../../corpus" and "vocab" not in plan.recipe["data"]
+    assert plan.deepspeed == {
+        "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.5,
+        "train_batch_size": 48,
+        "train_micro_batch_size_per_gpu": 12,  # 24 a rank, and at most 16
+        "optimizer": {"type": "Merit", "params": {"lr": 0.04}},
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"warmup_type": "linear", "cos_min_ratio": 0.1, "total_num_steps": 53, "warmup_num_steps": 1},
+        },
+    }
+    write_plan(tmp_path / "run", plan)
+    check_plan(tmp_path / "run", plan)
+    changed = load({"model.num_layers: 3": "model.num_layers: 2"})
+    other = plan_run(changed, point, folder=tmp_path, ranks=2, vocab=False)
+    with pytest.raises(InputError, match=r"recipe.yaml: model.num_layers was 3 and is 2 now.* remove .*run to do"):
+        check_plan(tmp_path / "run", other)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tokens: 81_920", "tokesn: 81_920", "unknown key 'tokesn'; did you mean 'tokens'?"),
+        ("{type: AdamW,", "{tpye: AdamW,", "unknown key 'optimizers.AdamW.tpye'; did you mean 'type'?"),
+        ("batch: [8], seed", "bacth: [8], seed", "unknown key 'grids.2.bacth'; did you mean 'batch'?"),
+        ("optimizer: [MERIT without", "optimizer: [MERIT with", "'MERIT with clip' is not defined; there are AdamW"),
+        ("lr_of: MERIT", "lr_of: MERRIT", "optimizers.MERIT without clip.lr_of: 'MERRIT' is not defined"),
+        ("{eps: 1e-8}", "{lr: 1e-8}", "write lr in grids"),
+        ("MERIT: {\n", "MERITT: {\n", "lr names 'MERITT', which is not in the grid's optimizer list"),
+        ("[1e-3, 2e-3, 4e-3]", "[1e-3, -2e-3]", "lr of AdamW must be positive numbers"),
+        ("factor: 2", "factor: 1", "factor must be above 1"),
+        ("MERIT: {type: Merit}", "AdamW: {type: Merit}", "key 'AdamW' is given twice"),
+        ("MERIT without clip: {", "MERIT_without clip: {type: Merit}\n  MERIT without clip: {", "same folder name"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_line(load, old, new, message):
+    with pytest.raises(InputError) as caught:
+        load({old: new})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{model.num_layers: 3}", "{model.num_layer: 3}", "unknown key 'model.num_layer'"),
+        ("{model.num_layers: 3}", "{run.seed: 3}", "run.seed is the lab's to set"),
+        ("tokens: 81_920", "tokens: 100", "less than one step"),
+        ("{type: Merit}", "{type: Merit, params: {weight_deacy: 1}}", "did you mean 'weight_decay'?"),
+        ("tokens: 81_920", "tokens: 2600\nwarmup: 0.97", "warmup_num_steps is 10, but the run has 10 steps"),
+    ],
+)
+def test_a_study_that_its_recipe_does_not_fit_is_refused_before_a_run(load, tmp_path, old, new, message):
+    study = load({old: new})
+    with pytest.raises(InputError) as caught:
+        for point in expand(study, {}).points:
+            plan_run(study, point, folder=tmp_path, ranks=1, vocab=False)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(REPOSITORY / "configs" / "studies")))
+def test_every_study_of_the_project_expands_to_runs_that_add_up(path):
+    study = load_study(path)
+    expansion = expand(study, {})
+    # As if every run were done: then those with the best learning rate are known as well.
+    while True:
+        losses = {point.id: abs(math.log(point.lr / 0.01)) for point in expansion.points}
+        grown = expand(study, losses)
+        if ids(grown) == ids(expansion):
+            break
+        expansion = grown
+    assert not expansion.waiting and not expansion.hopeless
+    assert {point.grid for point in expansion.points} == {grid.name for grid in study.grids}
+    for point in expansion.points:
+        plan = plan_run(study, point, folder=path.parent, ranks=study.ranks, vocab=False)
+        assert plan.steps >= 20
+
+
+def test_there_are_studies():
+    assert len(STUDIES) >= 2
