@@ -8,6 +8,9 @@ optimizer and schedule. On a machine without a GPU the same command runs on gloo
 """
 
 import argparse
+import signal
+import sys
+from types import FrameType
 
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
 from merit_ds.training.config import Config
@@ -24,6 +27,8 @@ def main() -> None:
 
 def pretrain(config: Config) -> None:
     plan = make_plan(config)
+    # Until the training loop takes signals over: a SIGTERM must not leave the lock of a build behind.
+    signal.signal(signal.SIGTERM, leave)
     # Megatron-core and DeepSpeed take many seconds to import: what can be refused without them has been refused.
     from merit_ds.training import setup
     from merit_ds.training.trainer import Trainer
@@ -36,6 +41,11 @@ def pretrain(config: Config) -> None:
     trainer.resume()
     trainer.train()
     trainer.close()
+
+
+def leave(signum: int, frame: FrameType | None) -> None:
+    """End as by the signal, but by way of every `finally`."""
+    sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

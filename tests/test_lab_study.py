@@ -42,7 +42,8 @@ def load(tmp_path):
     """A function from changes, old text -> new text, to the study that they make of STUDY."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "tiny.json").write_text(
-        '{"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": true}, "optimizer": {"type": "Merit", "params": {"lr": 1}},'
+        '{"zero_optimization": {"stage": 2}, "tensorboard": {"enabled": true},'
+        ' "optimizer": {"type": "Merit", "params": {"lr": 1}},'
         ' "gradient_clipping": 0.5}'
     )
 

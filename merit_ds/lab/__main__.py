@@ -122,8 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
         display.tell(f"WARNING   {cell}: every learning rate diverged or failed, so {count} runs have none to take")
     display.tell(summary(state, machine))
     display.tell(f"results   {output / 'results.jsonl'}")
-    unfinished = state.todo or state.stopping or (state.expansion.hopeless and not arguments.only)
-    return 1 if unfinished else 0
+    return int(laboratory.unfinished())
 
 
 def _submit(arguments: argparse.Namespace, ids: list[str]) -> int:

@@ -25,6 +25,7 @@ from merit_ds.lab.recipe import RunPlan, check_plan, plan_run, write_plan
 from merit_ds.lab.result import (
     FAILED,
     LOG,
+    RESULT,
     final_loss,
     losses_of,
     read_results,
@@ -93,10 +94,11 @@ class Laboratory:
         self._plans: dict[str, RunPlan] = {}
         self._given_up: set[str] = set()
         self._told: set[str] = set()
+        self._stillborn: list[Point] = []
         if retry_failed:
             for id_, result in read_results(output).items():
                 if result["status"] == FAILED:
-                    (output / "runs" / id_ / "result.json").unlink()
+                    (output / "runs" / id_ / RESULT).unlink()
         self.state = State(Expansion([], {}, {}, {}), {})
         self._refresh()
 
@@ -110,14 +112,22 @@ class Laboratory:
                     self._publish()
                 if not self.state.stopping:
                     self._start()
-                # Of a part of the study nothing depends on what other processes do.
-                wait = self.state.elsewhere and not self.state.stopping and not self._only
-                if not self.state.running and not wait:
+                if not self.state.running and (self.state.stopping or not self._left()):
                     break
                 self._show(self.state)
                 time.sleep(POLL_SECONDS)
         self._publish()
         return self.state
+
+    def unfinished(self) -> bool:
+        """Whether any chosen run has no result yet, or never will for want of a learning rate."""
+        state = self.state
+        rest = not self._only and (state.expansion.waiting or state.expansion.hopeless)
+        return bool(rest) or any(self._is_chosen(p) and p.id not in state.results for p in state.expansion.points)
+
+    def _left(self) -> list[RunPlan]:
+        """What there is to start or to wait for; of a part of the study nothing depends on other processes' runs."""
+        return [p for p in self.state.todo if not (self._only and p.point.id in self.state.elsewhere)]
 
     def plan(self, point: Point) -> RunPlan:
         """The point's files and steps. Raises: InputError: they are not valid, or the run's folder holds others."""
@@ -156,30 +166,26 @@ class Laboratory:
     def _start(self) -> None:
         """Fill the free places with runs that no other process has."""
         state = self.state
-        state.elsewhere = []
+        state.elsewhere, stale = [], False
         for plan in list(state.todo):
             if len(state.running) == self.machine.jobs:
-                return
+                break
             folder = self._folder(plan.point.id)
             lock = try_lock(folder)
             if lock is None:
                 state.elsewhere.append(plan.point.id)
                 continue
             state.todo.remove(plan)
-            if (folder / "result.json").exists():  # another process has finished it since the last look
+            if (folder / RESULT).exists():  # another process has finished it since the last look
                 os.close(lock)
-                self._refresh()
-                return self._start()
+                stale = True
+                continue
             write_plan(folder, plan)
-            if final_loss(RunFolder(folder).rows(), steps=plan.steps) is not None:
-                # Its trainer came to its end after its lab was killed.
-                self._finish(plan, folder)
-                os.close(lock)
-                self._publish()
-                return self._start()
             slot = min(set(range(self.machine.jobs)) - {process.slot for process in state.running})
             state.running.append(TrainerProcess(plan, folder, lock=lock, slot=slot, machine=self.machine))
             self._tell(f"started   {plan.point.id}, {plan.steps} steps")
+        if stale:
+            self._publish()
 
     def _collect(self) -> bool:
         """Take the runs that have ended; returns whether there were any."""
@@ -187,9 +193,10 @@ class Laboratory:
         for process in ended:
             self.state.running.remove(process)
             id_, folder = process.plan.point.id, process.folder
-            at_end = final_loss(RunFolder(folder).rows(), steps=process.plan.steps) is not None
-            if at_end or not (self.state.stopping or process.killed or process.succeeded or process.port_taken):
-                self._finish(process.plan, folder)
+            reached = final_loss(RunFolder(folder).rows(), steps=process.plan.steps) is not None
+            stopped = self.state.stopping or process.killed
+            if reached if process.succeeded else not (stopped or process.port_taken):
+                self._finish(process)
             elif process.port_taken:
                 self._tell(f"again     {id_}: another process took its port")
             else:
@@ -199,16 +206,35 @@ class Laboratory:
             process.release()
         return bool(ended)
 
-    def _finish(self, plan: RunPlan, folder: Path) -> None:
+    def _finish(self, process: TrainerProcess) -> None:
+        plan, folder = process.plan, process.folder
         end_attempt(folder, log=folder / LOG)
-        result = write_result(
-            self.study, plan, folder, threads=self.machine.threads, ranks=self.machine.ranks, data=self._data
-        )
+        made = {"ranks": self.machine.ranks, "threads": self.machine.threads, "data": self._data}
+        result = write_result(self.study, plan, folder, succeeded=process.succeeded, made=made)
         if not self.study.keep_checkpoints and result["status"] != FAILED:
             remove_checkpoints(folder)
         loss = result["final_valid_loss"]
         text = result["reason"] or f"validation loss {loss:.4f}"
         self._tell(f"{result['status']:9} {plan.point.id}: {text} ({result['wall_seconds']:.0f} s)")
+        self._blame_machine(plan.point, result)
+
+    def _blame_machine(self, point: Point, result: dict[str, Any]) -> None:
+        """Stop where runs of several optimizers fail in a row before their first step: that says nothing of any.
+
+        A full disk or a broken installation would otherwise make every run of the study a failed one. These are taken
+        back.
+        """
+        if result["status"] != FAILED or result["initial_valid_loss"] is not None:
+            self._stillborn = []
+            return
+        self._stillborn.append(point)
+        if len(self._stillborn) >= 3 and len({point.cell.optimizer for point in self._stillborn}) > 1:
+            self._tell(
+                f"stopping: {len(self._stillborn)} runs in a row failed before their first step; they do not count"
+            )
+            for point in self._stillborn:
+                (self._folder(point.id) / RESULT).unlink()
+            self._stop()
 
     def _stop(self) -> None:
         self.state.stopping = True

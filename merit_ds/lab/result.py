@@ -40,15 +40,15 @@ def last_iteration(folder: Path) -> int:
         return 0
 
 
-def judge(folder: Path, *, steps: int) -> tuple[str, str | None]:
+def judge(folder: Path, *, steps: int, succeeded: bool) -> tuple[str, str | None]:
     """Status and reason of a run whose trainer has ended by itself.
 
     A run diverged if too many steps in a row had a non-finite loss or overflowed, or if its last validation loss is not
-    finite or above the first one. It failed if it did not come to its last step for any other reason.
+    finite or above the first one. It failed if its trainer ended with an error for any other reason.
     """
     rows = RunFolder(folder).rows()
     last, first = final_loss(rows, steps=steps), final_loss(rows, steps=0)
-    if last is None:
+    if last is None or not succeeded:
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).exists() else ""
         if bad := _BAD_STEPS.search(text):
             return DIVERGED, bad[1]
@@ -60,21 +60,23 @@ def judge(folder: Path, *, steps: int) -> tuple[str, str | None]:
     return DONE, None
 
 
-def write_result(
-    study: Study, plan: RunPlan, folder: Path, *, threads: int, ranks: int, data: dict[str, Any]
-) -> dict[str, Any]:
+def write_result(study: Study, plan: RunPlan, folder: Path, *, succeeded: bool, made: dict[str, Any]) -> dict[str, Any]:
     """Judge a run that has ended and write its `result.json`, atomically; returns its content.
 
     Numbers that are not finite become null. `seconds_per_step` and `tflops_per_gpu` are medians over the log lines;
     `wall_seconds` includes starting, evaluation, saving and every interrupted attempt.
+
+    Args:
+        succeeded: whether the trainer ended without an error.
+        made: what the lab alone knows of how it was made.
     """
-    status, reason = judge(folder, steps=plan.steps)
+    status, reason = judge(folder, steps=plan.steps, succeeded=succeeded)
     rows = RunFolder(folder).rows()
     valid = [row["valid_loss"] for row in rows if "valid_loss" in row and math.isfinite(row["valid_loss"])]
     train = [row for row in rows if "loss" in row]
     last = final_loss(rows, steps=plan.steps)
     path = folder / "run.json"
-    made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     result = {
         "id": plan.point.id,
         "point": describe(study, plan.point),
@@ -87,14 +89,11 @@ def write_result(
         "seconds_per_step": _median(train, "seconds"),
         "tflops_per_gpu": _median(train, "tflops_per_gpu"),
         "wall_seconds": wall_seconds(folder),
-        "git": made.get("git"),
-        "versions": made.get("versions"),
+        "git": run.get("git"),
+        "versions": run.get("versions"),
         "time": datetime.now().isoformat(timespec="seconds"),
-        "device": made.get("gpu") or (f"cpu ({made['machine']})" if made else None),
-        "ranks": ranks,
-        "threads": threads,
-        "data": data,
-    }
+        "device": run.get("gpu") or (f"cpu ({run['machine']})" if run else None),
+    } | made
     write_text(folder / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
