@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the report's pictures look: one colour and mark for each optimizer, readable axes, labels that do not collide."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Okabe and Ito's colours, which the colour-blind tell apart, and four more that differ in lightness; the mark is a
+# second sign. In the order in which optimizers are listed.
+_LOOKS = {
+    "adamw": ("#4d4d4d", "o"),
+    "lamb": ("#0072b2", "s"),
+    "maxlamb": ("#56b4e9", "D"),
+    "merit": ("#d55e00", "*"),
+    "meritw": ("#e69f00", "P"),
+    "lars": ("#009e73", "v"),
+    "lion": ("#cc79a7", "^"),
+    "sophiag": ("#6a3d9a", "X"),
+    "scion": ("#8c6d1f", "h"),
+    "muon": ("#7a1f2b", "d"),
+}
+_FURTHER = (("#1b7837", "<"), ("#a6761d", ">"), ("#666699", "p"), ("#b35c8a", "H"), ("#3b3b98", "8"))
+_OURS = {"meritlamb": "lamb", "meritmaxlamb": "maxlamb", "meritlars": "lars", "meritlion": "lion"} | {
+    "meritsophiag": "sophiag",
+    "meritscion": "scion",
+}
+GREY = "#6b7280"
+_WIDTH = 9.6
+"""Inches of a picture's full width."""
+
+
+def look(name: str) -> tuple[str, str]:
+    """Colour and mark of an optimizer, the same in every picture and report; a label that is not known takes one by its
+    letters."""
+    key = _key(name)
+    if key in _LOOKS:
+        return _LOOKS[key]
+    return _FURTHER[sum(key.encode()) % len(_FURTHER)]
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Optimizers in the order of the paper, unknown ones behind them."""
+    known = list(_LOOKS)
+    return sorted(set(names), key=lambda name: (known.index(_key(name)) if _key(name) in known else len(known), name))
+
+
+def _key(name: str) -> str:
+    key = "".join(letter for letter in name.casefold() if letter.isalnum())
+    return _OURS.get(key, key)
+
+
+def panels(count: int, *, height: float = 3.3, columns: int = 3, share_y: bool = False) -> tuple[Any, list[Any]]:
+    """A figure with `count` axes in rows of at most `columns`; the unused places stay empty."""
+    pyplot = _pyplot()
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    width = _WIDTH if columns > 1 else 6.4
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(width, height * rows + 0.3), squeeze=False, sharey=share_y, layout="constrained"
+    )
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
+    for used in axes[:count]:
+        used.spines[["top", "right"]].set_visible(False)
+        used.grid(color="#e3e7ec", linewidth=0.7)
+        used.set_axisbelow(True)
+    return figure, axes[:count]
+
+
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG, without the date and versions in it: the same results give the same bytes."""
+    target = io.BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": None})
+    _pyplot().close(figure)
+    return target.getvalue()
+
+
+def legend(figure: Any, names: Sequence[str], *, extra: Sequence[Any] = ()) -> None:
+    """One legend above all panels, by optimizer."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=look(n)[0], marker=look(n)[1], markersize=_size(n), label=n) for n in names]
+    every = [*handles, *extra]
+    figure.legend(handles=every, loc="outside upper center", ncols=min(len(every), 6), frameon=False)
+
+
+def style(name: str) -> dict[str, Any]:
+    """Keyword arguments for a line with marks."""
+    colour, mark = look(name)
+    return {"color": colour, "marker": mark, "markersize": _size(name), "linewidth": 1.6}
+
+
+def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
+    """Make a logarithmic axis show plain numbers, at `values` where they are few, else at 1, 2 and 5."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    distinct = sorted(set(values))
+    axis.set_major_locator(FixedLocator(distinct) if len(distinct) <= limit else LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def plain(value: float) -> str:
+    """A number as people write it: 0.002, 12, 4,096."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def end_labels(axes: Any, points: Sequence[tuple[str, float, float, str]], *, fontsize: float = 8) -> None:
+    """Texts to the right of the last point of each line, moved apart where they would overlap.
+
+    Args:
+        points: (text, x, y, colour), in data coordinates; the axes' limits must be final.
+    """
+    axes.figure.canvas.draw()
+    to_pixels, height = axes.transData, fontsize * axes.figure.dpi / 72 * 1.2
+    wanted = sorted(((to_pixels.transform((x, y))[1], text, x, y, colour) for text, x, y, colour in points))
+    places = _spread([pixel for pixel, *_ in wanted], height)
+    scale = 72 / axes.figure.dpi
+    for place, (pixel, text, x, y, colour) in zip(places, wanted, strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(7, (place - pixel) * scale),
+            textcoords="offset points",
+            color=colour,
+            fontsize=fontsize,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending places at least `gap` apart, near the wanted ascending ones: clusters are centred on their mean."""
+    clusters: list[tuple[list[float], float]] = []
+    for place in wanted:
+        members, centre = [place], place
+        while clusters and clusters[-1][1] + gap * (len(clusters[-1][0]) + len(members)) / 2 > centre:
+            members = clusters.pop()[0] + members
+            centre = sum(members) / len(members)
+        clusters.append((members, centre))
+    return [
+        centre + gap * (index - (len(members) - 1) / 2) for members, centre in clusters for index in range(len(members))
+    ]
+
+
+def _size(name: str) -> float:
+    return 9.0 if look(name)[1] == "*" else 5.5
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.edgecolor": "#9aa3af",
+            "axes.labelcolor": "#30363f",
+            "xtick.color": "#30363f",
+            "ytick.color": "#30363f",
+            "legend.fontsize": 9,
+            "savefig.dpi": 150,
+            "figure.dpi": 150,
+        }
+    )
+    return pyplot

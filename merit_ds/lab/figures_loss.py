@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of losses: best by batch, against learning rate, steps to a loss, curves, ablations.
+
+Losses are in nats a token; batches in sequences a step.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merit_ds.lab.figures import GREY, end_labels, legend, look, number_axis, ordered, panels, style
+from merit_ds.lab.report_statistics import Best, Crossing, Outcome, Summary, ideal_steps, losses_by_lr, smooth
+
+LOSS = "final validation loss (nats a token)"
+Curve = Sequence[tuple[int, float]]
+
+
+def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
+    """For each batch a group of optimizers: the mean over seeds with its value, each seed, and their range."""
+    names = ordered(name for group in groups.values() for name in group)
+    figure, (axes,) = panels(1, height=4.0)
+    figure.set_size_inches(9.6, 4.3)
+    step = min(0.8 / max(len(names), 1), 0.2)
+    for position, group in enumerate(groups.values()):
+        best = min((b.summary.mean for b in group.values() if not b.summary.diverged), default=None)
+        for name, found in group.items():
+            x = position + (names.index(name) - (len(names) - 1) / 2) * step
+            _best_mark(axes, x, name, found, winner=found.summary.mean == best)
+    axes.set_xticks(range(len(groups)), [f"{batch:,} sequences" for batch in groups])
+    axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="batch", ylabel=LOSS)
+    axes.margins(y=0.16)
+    for border in range(1, len(groups)):
+        axes.axvline(border - 0.5, color="#d6dbe1", linewidth=0.8)
+    legend(figure, names)
+    return figure
+
+
+def _best_mark(axes: Any, x: float, name: str, best: Best, *, winner: bool) -> None:
+    colour, mark = look(name)
+    summary = best.summary
+    axes.plot([x, x], [summary.low, summary.high], color=colour, linewidth=6, alpha=0.28, solid_capstyle="round")
+    for loss in best.losses.values():
+        if summary.finite > 1 and math.isfinite(loss):
+            axes.plot(x, loss, "_", color=colour, markersize=9, markeredgewidth=1)
+    axes.plot(x, summary.mean, mark, color=colour, markersize=style(name)["markersize"] + 1, zorder=3)
+    text = f"{summary.mean:.3f}" + (f" ({summary.diverged} lost)" if summary.diverged else "")
+    axes.annotate(
+        text,
+        (x, summary.high),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        rotation=90,
+        fontsize=8,
+        color=colour,
+        fontweight="bold" if winner else "normal",
+    )
+
+
+def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], Best | None]]]) -> Any:
+    """A panel for each batch: final loss against peak learning rate; diverged and too high ones at the upper edge."""
+    from matplotlib.lines import Line2D
+
+    figure, every = panels(len(grids), height=3.5, share_y=True)
+    names = ordered(name for grid in grids.values() for name in grid)
+    losses = [o.loss for grid in grids.values() for outcomes, _ in grid.values() for o in outcomes]
+    bottom, top = loss_window([loss for loss in losses if math.isfinite(loss)])
+    for axes, (batch, grid) in zip(every, grids.items(), strict=True):
+        for name in ordered(grid):
+            _sensitivity_line(axes, name, *grid[name], top=top)
+        axes.set_xscale("log")
+        number_axis(axes.xaxis, [o.lr for outcomes, _ in grid.values() for o in outcomes], limit=5)
+        axes.tick_params(axis="x", labelrotation=35)
+        axes.set(title=f"batch {batch:,}", xlabel="peak learning rate", ylim=(bottom, top))
+    every[0].set_ylabel(LOSS)
+    extra = [
+        Line2D([], [], color=GREY, marker="o", markersize=12, markerfacecolor="none", linestyle="", label="best"),
+        Line2D([], [], color=GREY, marker="x", markersize=7, markeredgewidth=2, linestyle="", label="diverged"),
+        Line2D([], [], color=GREY, marker="^", markersize=7, linestyle="", label="above the axis"),
+    ]
+    legend(figure, names, extra=extra)
+    return figure
+
+
+def loss_window(losses: Sequence[float]) -> tuple[float, float]:
+    """Limits of a loss axis that show the differences between good runs: above the upper one lie the worst tenth at
+    most, and only where they would press the others together."""
+    if not losses:
+        return 0.0, 1.0
+    ascending = sorted(losses)
+    low, high = ascending[0], ascending[-1]
+    middle = ascending[int(0.9 * (len(ascending) - 1))]
+    if high - low > 1.8 * (middle - low) > 0:
+        high = middle
+    room = (high - low) * 0.08 or 0.05 * abs(low) or 0.05
+    return low - room, high + 1.6 * room
+
+
+def _sensitivity_line(axes: Any, name: str, outcomes: Sequence[Outcome], best: Best | None, *, top: float) -> None:
+    colour, _ = look(name)
+    grid = losses_by_lr(outcomes)
+    chosen_on = set(best.chosen_on) if best else set()
+    line = []
+    for lr, by_seed in grid.items():
+        deciding = [loss for seed, loss in by_seed.items() if seed in chosen_on] or list(by_seed.values())
+        mean = sum(deciding) / len(deciding)
+        line.append((lr, mean if math.isfinite(mean) else math.nan))
+        for seed, loss in by_seed.items():
+            if math.isinf(loss):
+                axes.plot(lr, top, "x", color=colour, markersize=7, markeredgewidth=2, clip_on=False, zorder=4)
+            elif loss > top:
+                axes.plot(lr, top, "^", color=colour, markersize=7, clip_on=False, zorder=4)
+            elif len(by_seed) > 1 or seed not in chosen_on:
+                axes.plot(lr, loss, "_", color=colour, markersize=8, alpha=0.7)
+    axes.plot([lr for lr, _ in line], [loss for _, loss in line], **style(name))
+    if best:
+        mean = sum(best.losses[seed] for seed in best.chosen_on) / len(best.chosen_on)
+        axes.plot(best.lr, mean, "o", color=colour, markersize=13, markerfacecolor="none", markeredgewidth=1.4)
+
+
+def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float) -> Any:
+    """Steps to the loss `target` against batch, both logarithmic, with the line of ideal scaling."""
+    figure, (axes,) = panels(1, height=4.4)
+    figure.set_size_inches(8.0, 4.8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    batches = sorted({batch for found in crossings.values() for batch in found})
+    first = batches[0]
+    ends = []
+    for name in ordered(crossings):
+        found = sorted(crossings[name].items())
+        axes.plot([batch for batch, _ in found], [c.step for _, c in found], **style(name), label=name)
+        for batch, crossing in found:
+            if crossing.at_most:
+                axes.annotate("≤", (batch, crossing.step), xytext=(-11, -3), textcoords="offset points", fontsize=9)
+        ends.append((name, found[-1][0], found[-1][1].step, look(name)[0]))
+    steps = [c.step for found in crossings.values() for c in found.values()]
+    starts = [found[first].step for found in crossings.values() if first in found]
+    ideal = [ideal_steps(min(starts), batch=first, at=batch) for batch in batches]
+    axes.plot(batches, ideal, linestyle=(0, (4, 3)), color=GREY, linewidth=1.3, zorder=1)
+    ends.append(("ideal scaling", batches[-1], ideal[-1], GREY))
+    number_axis(axes.xaxis, batches)
+    number_axis(axes.yaxis, steps + ideal, limit=0)
+    axes.set(xlabel="batch (sequences a step)", ylabel=f"steps to a validation loss of {target:g}")
+    low, high = min(steps + ideal), max(steps + ideal)
+    axes.set_ylim(low / 1.25, high * 1.25)
+    end_labels(axes, ends, fontsize=9)
+    return figure
+
+
+def draw_curves(curves: Mapping[int, Mapping[str, tuple[Curve, Curve]]]) -> Any:
+    """A panel for each batch: training loss, smoothed and thin, and validation loss with marks, for each optimizer."""
+    figure, every = panels(len(curves), height=3.6, columns=2)
+    for axes, (batch, by_name) in zip(every, curves.items(), strict=True):
+        ends, seen = [], []
+        for name in ordered(by_name):
+            training, validation = by_name[name]
+            smoothed = smooth([loss for _, loss in training], weight=0.8)
+            axes.plot([s for s, _ in training], smoothed, color=look(name)[0], linewidth=0.9, alpha=0.55)
+            axes.plot([s for s, _ in validation], [v for _, v in validation], **(style(name) | {"linewidth": 1.3}))
+            last = next(((s, v) for s, v in reversed(validation) if math.isfinite(v)), None)
+            if last:
+                ends.append((f"{name} {last[1]:.3f}", last[0], last[1], look(name)[0]))
+            seen += [(s, v) for s, v in (*validation, *zip((s for s, _ in training), smoothed, strict=True))]
+        _zoom(axes, seen)
+        axes.set(title=f"batch {batch:,}", xlabel="optimizer step", ylabel="loss (nats a token)")
+        end_labels(axes, ends)
+    return figure
+
+
+def _zoom(axes: Any, seen: Sequence[tuple[int, float]]) -> None:
+    """Leave out of sight the steep first tenth, which would flatten all that follows."""
+    finite = [(step, loss) for step, loss in seen if math.isfinite(loss)]
+    if finite:
+        last = max(step for step, _ in finite)
+        late = [loss for step, loss in finite if step >= 0.1 * last]
+        low, high = min(late), max(late)
+        room = (high - low) * 0.06 or 0.05
+        axes.set_ylim(low - room, high + room)
+
+
+def draw_ablations(groups: Mapping[int, Mapping[str, Summary]], *, full: str) -> Any:
+    """A panel for each batch: how much higher an ablation's final loss is than the full optimizer's, seed by seed."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    figure, every = panels(len(groups), height=0.9 + 0.42 * len(labels), columns=2, share_y=True)
+    finite = [bound for g in groups.values() for s in g.values() if s.finite for bound in (s.low, s.high)]
+    low, high = min([0.0, *finite]), max([0.0, *finite])
+    room = (high - low) * 0.22 or 0.05
+    for axes, (batch, group) in zip(every, groups.items(), strict=True):
+        axes.axvline(0, color=look(full)[0], linewidth=1.6)
+        for row, label in enumerate(labels):
+            if label in group:
+                _ablation_bar(axes, row, group[label], place=room * 0.12)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xlim(low - (room if low < 0 else 0.3 * room), high + room)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set(title=f"batch {batch:,}", xlabel=f"final loss minus {full}'s (nats a token)")
+    return figure
+
+
+def _ablation_bar(axes: Any, row: int, summary: Summary, *, place: float) -> None:
+    if not summary.finite:
+        axes.text(place, row, "diverged on every seed", va="center", fontsize=8.5, color="#b3261e")
+        return
+    worse = summary.mean > 0
+    axes.barh(row, summary.mean, height=0.56, color="#9aa5b1" if worse else "#8fc1a9")
+    axes.plot([summary.low, summary.high], [row, row], color="#1f2933", linewidth=1.3, marker="|", markersize=7)
+    text = f"{summary.mean:+.3f}" + (f" ({summary.diverged} diverged)" if summary.diverged else "")
+    right = max(summary.high, 0) + place if worse else min(summary.low, 0) - place
+    axes.text(right, row, text, va="center", ha="left" if worse else "right", fontsize=8.5)

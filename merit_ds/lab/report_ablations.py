@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's section on ablations: each variant of an optimizer against the full one."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from merit_ds.lab import figures_loss
+from merit_ds.lab.figures import look, ordered
+from merit_ds.lab.report_links import Links
+from merit_ds.lab.report_loss import Tuned, by_family, outcomes, seeds_cell, slug
+from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
+from merit_ds.lab.report_runs import Family, Run
+from merit_ds.lab.report_statistics import Best, Summary, best_lr, losses_by_lr, paired_difference, summarize
+
+
+def ablations_section(runs: Sequence[Run], tuned: Sequence[Tuned], links: Links) -> Section | None:
+    """Each variant's loss minus the full optimizer's at the same learning rate, a figure for each full optimizer."""
+    section = Section("Ablations", "ablations")
+    section.text.append(
+        "What the final loss becomes when a part of the optimizer is taken out or exchanged: the difference to the "
+        "full one at the same learning rate, seed by seed. Above zero the part helps; a range across zero shows none."
+    )
+    variants = [run for run in runs if run.variant is not None]
+    for family, batches in by_family(tuned).items():
+        for full in ordered(run.optimizer for run in variants if run.family == family):
+            groups: dict[int, dict[str, Summary]] = {}
+            rows: list[list[Cell]] = []
+            for batch in sorted({r.batch for r in variants if (r.family, r.optimizer) == (family, full)}):
+                here = [r for r in variants if (r.family, r.optimizer, r.batch) == (family, full, batch)]
+                base = batches.get(batch, {}).get(full)
+                differences = _differences(here, base)
+                rows += _rows(here, base, differences, links)
+                if differences:
+                    groups[batch] = differences
+            if groups:
+                section.parts.append(_plot(family, full, groups))
+            if rows:
+                columns = ["batch", "variant", "lr", "mean loss", f"minus {full}", "min to max", "seeds (loss)"]
+                section.parts.append(Table(f"{family.title}: {full} and its ablations", columns, rows))
+    return section if section.parts else None
+
+
+def _plot(family: Family, full: str, groups: dict[int, dict[str, Summary]]) -> Plot:
+    return Plot(
+        f"ablations-{slug(family.title)}-{slug(full)}",
+        f"{family.title}: final validation loss of each ablation minus that of {full} (line at 0) at the same learning "
+        "rate; bar: mean over seeds, whisker: their range. Beside the paper's figure 9.",
+        partial(figures_loss.draw_ablations, groups, full=full),
+    )
+
+
+def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (str(run.variant), run.lr, run.seed)):
+        found.setdefault(str(run.variant), []).append(run)
+    return found
+
+
+def _chosen(runs: Sequence[Run]) -> Best | None:
+    """The variant's best learning rate; the lowest one, with its infinite losses, if all diverged."""
+    grid = losses_by_lr(outcomes(runs))
+    best = best_lr(outcomes(runs))
+    if best or not grid:
+        return best
+    lr, losses = next(iter(grid.items()))
+    return Best(lr=lr, losses=losses, chosen_on=tuple(losses), edge=None, left_out=())
+
+
+def _differences(variants: Sequence[Run], base: Tuned | None) -> dict[str, Summary]:
+    """Variant to its difference from the full optimizer; without those that the full one has no common seed with."""
+    full = losses_by_lr(outcomes(base.runs)) if base else {}
+    found = {}
+    for variant, runs in _by_variant(variants).items():
+        chosen = _chosen(runs)
+        difference = paired_difference(chosen.losses, full.get(chosen.lr, {})) if chosen else None
+        if difference:
+            found[variant] = difference
+    return found
+
+
+def _rows(
+    variants: Sequence[Run], base: Tuned | None, differences: dict[str, Summary], links: Links
+) -> list[list[Cell]]:
+    rows = []
+    if base and base.best:
+        name = cell(f"{base.optimizer} (full)", colour=look(base.optimizer)[0])
+        rows.append(_row(base.batch, name, base.best, base.runs, None, links))
+    for variant, runs in _by_variant(variants).items():
+        chosen = _chosen(runs)
+        if chosen:
+            rows.append(_row(runs[0].batch, cell(variant), chosen, runs, differences.get(variant), links))
+    return rows
+
+
+def _row(
+    batch: int, name: Cell, chosen: Best, runs: Sequence[Run], difference: Summary | None, links: Links
+) -> list[Cell]:
+    mean = summarize(chosen.losses.values())
+    at_lr = sorted((run for run in runs if run.lr == chosen.lr and run.loss is not None), key=lambda run: run.seed)
+    finite = difference is not None and difference.finite > 0
+    return [
+        cell(f"{batch:,}"),
+        name,
+        cell(f"{chosen.lr:g}"),
+        cell(f"{mean.mean:.3f}" if mean.finite else "diverged"),
+        cell(f"{difference.mean:+.3f}" if difference and finite else "-"),
+        cell(f"{difference.low:+.3f} to {difference.high:+.3f}" if difference and difference.finite > 1 else "-"),
+        seeds_cell(at_lr, links),
+    ]

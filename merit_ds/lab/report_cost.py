@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's section on what a step costs: seconds and FLOP/s by optimizer and model."""
+
+from collections.abc import Sequence
+from functools import partial
+from statistics import median
+
+from merit_ds.lab.figures import look, ordered
+from merit_ds.lab.figures_cost import draw_cost
+from merit_ds.lab.report_links import Links
+from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
+from merit_ds.lab.report_runs import Run, number
+from merit_ds.lab.report_statistics import steady_median
+
+WARM_UP = 10
+"""Steps that are left out: caches fill, libraries load, kernels compile."""
+
+
+def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
+    """Medians over runs of each run's median step, for each model, batch and device."""
+    section = Section("Time a step and FLOP/s", "cost")
+    section.text.append(
+        f"The median step of each run after its first {WARM_UP}, evaluation and saving not counted, then the median "
+        "over runs. FLOP/s are the model's own, without recomputation, for each rank. Runs that shared a machine slow "
+        "each other down: compare only what ran alike."
+    )
+    groups: dict[tuple[str, int, str], dict[str, list[Run]]] = {}
+    for run in runs:
+        if run.variant is None and _seconds(run) is not None:
+            key = (run.family.model, run.batch, str(run.result.get("device") or "device not recorded"))
+            groups.setdefault(key, {}).setdefault(run.optimizer, []).append(run)
+    if not groups:
+        return None
+    rows: list[list[Cell]] = []
+    drawn = {}
+    for (model, batch, device), group in sorted(groups.items()):
+        seconds = {name: median(_seconds(run) or 0.0 for run in group[name]) for name in ordered(group)}
+        base = next((value for name, value in seconds.items() if name.casefold() == "adamw"), None)
+        ratios = {name: value / base if base else None for name, value in seconds.items()}
+        where = f"{model}, batch {batch:,}" + (f"\n{device}" if len({d for _, _, d in groups}) > 1 else "")
+        drawn[where] = {name: (seconds[name], ratios[name]) for name in seconds}
+        rows += [_row(model, batch, device, n, group[n], seconds[n], ratios[n], links) for n in seconds]
+    caption = "Seconds a step by optimizer, and the ratio to AdamW's in the same panel. Beside the paper's table 2."
+    columns = ["model", "batch", "optimizer", "s a step", "to AdamW", "GFLOP/s a rank", "runs", "device"]
+    section.parts += [Plot("cost", caption, partial(draw_cost, drawn)), Table("Time a step", columns, rows)]
+    return section
+
+
+def _seconds(run: Run) -> float | None:
+    measured = steady_median(run.curve("seconds"), warm_up=WARM_UP)
+    return measured if measured is not None else number(run.result.get("seconds_per_step"))
+
+
+def _tflops(run: Run) -> float | None:
+    measured = steady_median(run.curve("tflops_per_gpu"), warm_up=WARM_UP)
+    return measured if measured is not None else number(run.result.get("tflops_per_gpu"))
+
+
+def _row(
+    model: str,
+    batch: int,
+    device: str,
+    name: str,
+    runs: Sequence[Run],
+    seconds: float,
+    ratio: float | None,
+    links: Links,
+) -> list[Cell]:
+    speeds = [speed for run in runs if (speed := _tflops(run)) is not None]
+    parts: list[tuple[str, str | None]] = []
+    for run in runs:
+        parts += [(" " if parts else "", None), (f"{_seconds(run):.3g}", links.run(run))]
+    return [
+        cell(model),
+        cell(f"{batch:,}"),
+        cell(name, colour=look(name)[0]),
+        cell(f"{seconds:.3g}"),
+        cell("-" if ratio is None else f"{ratio:.3f}"),
+        cell(f"{median(speeds) * 1000:,.4g}" if speeds else "-"),
+        Cell(tuple(parts)),
+        cell(device),
+    ]

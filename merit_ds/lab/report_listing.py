@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's overview, and its list of all runs: how each was made and where it lies."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from merit_ds.lab.figures import look
+from merit_ds.lab.report_links import Links, anchor
+from merit_ds.lab.report_loss import Tuned, by_family
+from merit_ds.lab.report_page import Cell, Details, Section, Table, cell
+from merit_ds.lab.report_runs import Run, Study, count_text, number, shorten_paths
+from merit_ds.lab.report_statistics import overlaps, winner
+
+
+def overview_section(
+    studies: Sequence[Study], runs: Sequence[Run], doubles: Sequence[Run], tuned: Sequence[Tuned], links: Links
+) -> Section:
+    """What was run, who is ahead, and what went wrong."""
+    section = Section("In short", "overview")
+    counts = Counter(run.status for run in runs)
+    unfinished = [name for study in studies for name in study.unfinished]
+    section.text.append(
+        f"{len(runs)} runs: {counts['done']} finished, {counts['diverged']} diverged, {counts['failed']} failed"
+        + (f"; {len(unfinished)} more have no result yet." if unfinished else ".")
+    )
+    section.text += [line for family, batches in by_family(tuned).items() for line in _leaders(family.title, batches)]
+    if not any(one.best for one in tuned):
+        section.warnings.append("No run finished with a validation loss, so there is nothing to compare.")
+    if doubles:
+        section.warnings.append(
+            f"{len(doubles)} runs repeat a point of an earlier study and are not counted: "
+            + ", ".join(f"{run.study}/{run.id}" for run in doubles)
+            + "."
+        )
+    section.warnings += _mixtures(runs)
+    bad = [run for run in runs if run.loss is None or math.isinf(run.loss)]
+    if bad:
+        columns = ["run", "optimizer", "batch", "lr", "seed", "outcome", "reason"]
+        note = "A diverged run counts as an infinite loss. A failed one counts as not run."
+        section.parts.append(Table("Diverged and failed runs", columns, [_bad_row(run, links) for run in bad], note))
+    return section
+
+
+def _leaders(title: str, batches: dict[int, dict[str, Tuned]]) -> list[str]:
+    lines = []
+    for batch, group in batches.items():
+        summaries = {name: one.best.summary for name, one in group.items() if one.best}
+        leader = winner(summaries)
+        if leader is None or len(summaries) < 2:
+            continue
+        others = {name: s for name, s in summaries.items() if name != leader and s.finite}
+        if not others:
+            continue
+        second = min(others, key=lambda name: others[name].mean)
+        gap = others[second].mean - summaries[leader].mean
+        unsure = overlaps(summaries[leader], others[second])
+        several = summaries[leader].finite > 1 and others[second].finite > 1
+        doubt = " (ranges over seeds overlap)" if unsure else "" if several else " (not both with several seeds)"
+        lines.append(
+            f"{title}, batch {batch:,}: {leader} has the lowest loss, {summaries[leader].mean:.3f}; next is {second}, "
+            f"{gap:.3f} above{doubt}."
+        )
+    return lines
+
+
+def _mixtures(runs: Sequence[Run]) -> list[str]:
+    """Differences between runs that a reader should know of before comparing them."""
+    found = []
+    for key, name in (("git", "git revisions"), ("device", "devices")):
+        values = sorted({str(run.result[key]) for run in runs if run.result.get(key)})
+        if len(values) > 1:
+            found.append(f"The runs come from {len(values)} {name}: {', '.join(values)}.")
+    return found
+
+
+def _bad_row(run: Run, links: Links) -> list[Cell]:
+    outcome = run.status if run.status != "done" else "no validation loss" if run.loss is None else "loss not finite"
+    return [
+        cell(run.id, links.run(run)),
+        cell(run.name, colour=look(run.optimizer)[0]),
+        cell(f"{run.batch:,}"),
+        cell(f"{run.lr:g}"),
+        cell(run.seed),
+        cell(outcome),
+        cell(run.reason or ""),
+    ]
+
+
+def runs_section(runs: Sequence[Run], links: Links) -> Section:
+    """Every run: settings, provenance, and its files."""
+    section = Section("All runs", "runs")
+    section.text.append("Open a run for how it was made. Absolute paths are cut to their last part.")
+    section.details = [_details(run, links) for run in runs]
+    return section
+
+
+def studies_section(studies: Sequence[Study]) -> Section:
+    """The study files."""
+    section = Section("Studies", "studies")
+    for study in studies:
+        files = [("study.yaml", study.text)] if study.text else []
+        summary = cell(f"{study.name}: {len(study.runs)} runs")
+        section.details.append(Details(f"study-{study.name}", summary, files=files))
+    return section
+
+
+def _details(run: Run, links: Links) -> Details:
+    loss = "no loss" if run.loss is None else "diverged" if math.isinf(run.loss) else f"loss {run.loss:.4f}"
+    text = f"{run.name}, {run.family.title}, batch {run.batch:,}, lr {run.lr:g}, seed {run.seed}: {run.status}, {loss}"
+    files = [(name, run.text(name)) for name in ("recipe.yaml", "deepspeed.json", "run.json")]
+    return Details(
+        anchor(run),
+        cell(text, colour=look(run.optimizer)[0]),
+        facts=_facts(run, links),
+        files=[(name, content) for name, content in files if content is not None],
+    )
+
+
+def _facts(run: Run, links: Links) -> list[tuple[str, Cell]]:
+    result = run.result
+    tokens = run.family.tokens
+    facts: list[tuple[str, Any]] = [
+        ("reason", run.reason),
+        ("ablation of", run.optimizer if run.variant else None),
+        ("steps", result.get("steps")),
+        ("tokens", None if tokens is None else f"{tokens:,} ({count_text(tokens)})"),
+        ("seed", run.seed),
+        ("final validation loss", _number_text(result.get("final_valid_loss"))),
+        ("lowest validation loss", _number_text(result.get("best_valid_loss"))),
+        ("seconds a step", _number_text(result.get("seconds_per_step"))),
+        ("TFLOP/s a rank", _number_text(result.get("tflops_per_gpu"))),
+        ("wall time", _duration(number(result.get("wall_seconds")))),
+        ("git revision", result.get("git")),
+        ("versions", _versions(result.get("versions"))),
+        ("device", result.get("device")),
+        ("finished", result.get("time")),
+    ]
+    folder = cell(f"{run.study}/runs/{run.id}", links.run(run)) if run.folder else cell("not kept")
+    shown = [(name, cell(shorten_paths(str(value)))) for name, value in facts if value not in (None, "")]
+    return [("folder", folder), *shown]
+
+
+def _number_text(value: object) -> str | None:
+    converted = number(value)
+    return None if converted is None else f"{converted:.4g}" if math.isfinite(converted) else "not finite"
+
+
+def _duration(seconds: float | None) -> str | None:
+    if seconds is None or not math.isfinite(seconds):
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _versions(versions: object) -> str | None:
+    if isinstance(versions, dict):
+        return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return None if versions is None else json.dumps(versions)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's sections on telemetry: attention, clipping, the whole-weight bound, the gap of the norms."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from merit_ds.lab import figures_telemetry
+from merit_ds.lab.figures import look
+from merit_ds.lab.figures_telemetry import LayerMap
+from merit_ds.lab.report_links import Links
+from merit_ds.lab.report_loss import Tuned, by_family, slug
+from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
+from merit_ds.lab.report_runs import Run, number
+
+_LAYER = re.compile(r"layers?\.(\d+)\.")
+_QUERY_KEY = re.compile(r"qkv|query|key|q_proj|k_proj")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that telemetry samples for every layer."""
+
+    key: str
+    title: str
+    label: str
+    text: str
+    beside: str
+    percent: bool = False
+    logarithmic: bool = False
+    only: re.Pattern[str] | None = None
+    """Of a quantity by parameter: the parameters that count."""
+
+
+QUANTITIES = (
+    Quantity(
+        key="max_attention_logit",
+        title="Largest attention logit by layer and step",
+        label="max attention logit",
+        text="The largest entry of QK^T/sqrt(d) of each layer, before the softmax. Where it runs away, attention "
+        "saturates on single tokens.",
+        beside="the paper's figures 2 and 14",
+        logarithmic=True,
+    ),
+    Quantity(
+        key="attention_entropy",
+        title="Attention entropy by layer and step",
+        label="attention entropy (nats)",
+        text="Mean entropy of the attention weights of a query: low means that it looks at few tokens.",
+        beside="the paper's figure 11",
+    ),
+    Quantity(
+        key="clipped_share",
+        title="Share of clipped elements by layer and step",
+        label="clipped elements",
+        text="Share of elements whose scaled update lies at the clip bound; the plain mean over a layer's parameters.",
+        beside="the paper's figure 13",
+        percent=True,
+    ),
+    Quantity(
+        key="whole_share",
+        title="Share of elements at the whole-weight bound by layer and step",
+        label="at the whole-weight bound",
+        text="Share of elements whose trust ratio is the whole weight's; the plain mean over a layer's parameters.",
+        beside="the paper's figure 15",
+        percent=True,
+    ),
+    Quantity(
+        key="l2_max_gap",
+        title="(l2 - max) / l2 of query and key weights",
+        label="(l2 - max) / l2",
+        text="How far the l2 norm lies above the max norm, as a share of it; the query and key weights of each layer.",
+        beside="the paper's figure 10",
+        only=_QUERY_KEY,
+    ),
+)
+
+
+def telemetry_sections(tuned: Sequence[Tuned], links: Links) -> list[Section]:
+    """A section for each quantity that any run at its best learning rate sampled."""
+    made = [_section(quantity, tuned, links) for quantity in QUANTITIES]
+    sections = [section for section in made if section is not None]
+    if not sections:
+        text = "No run at its optimizer's best learning rate has telemetry, so nothing is said of attention and ratios."
+        return [Section("Telemetry", "telemetry", text=[text])]
+    return sections
+
+
+def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Section | None:
+    section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
+    section.text.append("One run of each optimizer, at its best learning rate, on one colour scale.")
+    for family, batches in by_family(tuned).items():
+        rows, peaks = [], {}
+        for batch, group in batches.items():
+            runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
+            maps = {name: layer_map(run, quantity) for name, run in runs.items()}
+            missing = [name for name in group if name not in maps]
+            if not maps:
+                continue
+            if missing:
+                section.warnings.append(f"{family.title}, batch {batch:,}: not sampled for {', '.join(missing)}.")
+            peaks[batch] = maps
+            name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
+            section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
+            rows += [_row(batch, name, maps[name], run, quantity, links) for name, run in runs.items()]
+        if quantity.key == "max_attention_logit" and peaks:
+            section.parts.insert(len(section.parts) - len(peaks), _peak_plot(quantity, family.title, peaks))
+        if rows:
+            columns = ["batch", "optimizer", "run", "lowest", "highest", "of layer", "at step", "last, highest layer"]
+            section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows))
+    if not section.parts:
+        return None
+    return section
+
+
+def _map_plot(quantity: Quantity, name: str, where: str, maps: dict[str, LayerMap]) -> Plot:
+    draw = partial(
+        figures_telemetry.draw_maps,
+        maps,
+        label=quantity.label,
+        percent=quantity.percent,
+        logarithmic=quantity.logarithmic,
+    )
+    caption = f"{where}: {quantity.label} by layer and step, a panel for each optimizer. Beside {quantity.beside}."
+    return Plot(name, caption, draw)
+
+
+def _peak_plot(quantity: Quantity, where: str, peaks: dict[int, dict[str, LayerMap]]) -> Plot:
+    draw = partial(figures_telemetry.draw_peaks, peaks, label=quantity.label)
+    caption = f"{where}: {quantity.label}, the largest of all layers, against steps; the last value at the line's end."
+    return Plot(f"{slug(quantity.key)}-peaks-{slug(where)}", caption, draw)
+
+
+def _sampled(one: Tuned, quantity: Quantity) -> Run | None:
+    """The run that stands for the optimizer, or another seed's at the same learning rate that has the samples."""
+    candidates = ([one.shown] if one.shown else []) + one.at_best
+    return next((run for run in candidates if layer_map(run, quantity).steps), None)
+
+
+def layer_map(run: Run, quantity: Quantity) -> LayerMap:
+    """The quantity by layer and step; without steps if it was not sampled."""
+    steps, values = [], []
+    for row in run.telemetry:
+        sample = by_layer(row.get(quantity.key), only=quantity.only)
+        if sample:
+            steps.append(int(row["iteration"]))
+            values.append(sample)
+    return LayerMap(steps, values, note=f"lr {run.lr:g}")
+
+
+def by_layer(sample: Any, *, only: re.Pattern[str] | None) -> list[float]:
+    """One value a layer: as sampled, or the mean over each layer's parameters where it is by parameter.
+
+    Args:
+        sample: a list by layer, or parameter name to value; parameters outside the layers are left out.
+        only: parameters that count, where any matches.
+    """
+    if isinstance(sample, list):
+        return [_finite(value) for value in sample]
+    if not isinstance(sample, dict):
+        return []
+    numbered = [(int(m.group(1)), name, _finite(value)) for name, value in sample.items() if (m := _LAYER.search(name))]
+    matching = [entry for entry in numbered if only is not None and only.search(entry[1])] or numbered
+    found: dict[int, list[float]] = {}
+    for layer, _, value in matching:
+        if math.isfinite(value):
+            found.setdefault(layer, []).append(value)
+    last = max((layer for layer, _, _ in matching), default=-1)
+    return [fmean(found[layer]) if layer in found else math.nan for layer in range(last + 1)]
+
+
+def _finite(value: object) -> float:
+    converted = number(value)
+    return math.nan if converted is None else converted
+
+
+def _row(batch: int, name: str, one: LayerMap, run: Run, quantity: Quantity, links: Links) -> list[Cell]:
+    text: Callable[[float], str] = (
+        (lambda value: f"{value:.2%}") if quantity.percent else (lambda value: f"{value:.4g}")
+    )
+    entries = [
+        (value, step, layer)
+        for step, sample in zip(one.steps, one.values, strict=True)
+        for layer, value in enumerate(sample, start=1)
+        if math.isfinite(value)
+    ]
+    cells = [
+        cell(f"{batch:,}"),
+        cell(name, colour=look(name)[0]),
+        cell(f"lr {run.lr:g} seed {run.seed}", links.run(run)),
+    ]
+    if not entries:
+        return [*cells, *(cell("not finite") for _ in range(5))]
+    highest = max(entries, key=lambda entry: entry[0])
+    last = max((value for value, step, _ in entries if step == one.steps[-1]), default=math.nan)
+    numbers = [text(min(entries)[0]), text(highest[0]), str(highest[2]), f"{highest[1]:,}", text(last)]
+    return cells + [cell(entry) for entry in numbers]
