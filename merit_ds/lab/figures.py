@@ -25,7 +25,7 @@ _OURS = {"meritlamb": "lamb", "meritmaxlamb": "maxlamb", "meritlars": "lars", "m
     "meritscion": "scion",
 }
 GREY = "#6b7280"
-_WIDTH = 9.6
+_WIDTH = 10.4
 """Inches of a picture's full width."""
 
 
@@ -49,10 +49,10 @@ def _key(name: str) -> str:
     return _OURS.get(key, key)
 
 
-def panels(count: int, *, height: float = 3.3, columns: int = 3, share_y: bool = False) -> tuple[Any, list[Any]]:
-    """A figure with `count` axes in rows of at most `columns`; the unused places stay empty."""
+def panels(count: int, *, height: float = 3.3, share_y: bool = False) -> tuple[Any, list[Any]]:
+    """A figure with `count` axes, two or three in a row; the unused places stay empty."""
     pyplot = _pyplot()
-    columns = min(count, columns)
+    columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
     width = _WIDTH if columns > 1 else 6.4
     figure, grid = pyplot.subplots(
@@ -66,6 +66,12 @@ def panels(count: int, *, height: float = 3.3, columns: int = 3, share_y: bool =
         used.grid(color="#e3e7ec", linewidth=0.7)
         used.set_axisbelow(True)
     return figure, axes[:count]
+
+
+def label_left(axes: Any, label: str) -> None:
+    """Label the y axis of the panels at the left alone: the others say the same."""
+    if axes.get_subplotspec().is_first_col():
+        axes.set_ylabel(label)
 
 
 def to_png(figure: Any) -> bytes:
@@ -82,13 +88,28 @@ def legend(figure: Any, names: Sequence[str], *, extra: Sequence[Any] = ()) -> N
 
     handles = [Line2D([], [], color=look(n)[0], marker=look(n)[1], markersize=_size(n), label=n) for n in names]
     every = [*handles, *extra]
-    figure.legend(handles=every, loc="outside upper center", ncols=min(len(every), 6), frameon=False)
+    figure.legend(handles=every, loc="outside upper center", ncols=min(len(every), 8), frameon=False)
 
 
 def style(name: str) -> dict[str, Any]:
     """Keyword arguments for a line with marks."""
     colour, mark = look(name)
     return {"color": colour, "marker": mark, "markersize": _size(name), "linewidth": 1.6}
+
+
+def sparse(name: str, count: int) -> dict[str, Any]:
+    """The style of a line of `count` points with about eight marks, the last point among them."""
+    stride = max(1, count // 8)
+    return style(name) | {"markevery": ((count - 1) % stride, stride), "linewidth": 1.4} if count else style(name)
+
+
+def ink(name: str) -> str:
+    """The optimizer's colour for text: darker where the colour itself is too pale to read on white."""
+    colour = look(name)[0]
+    parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+    brightness = (0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2]) / 255
+    keep = min(1.0, 0.42 / brightness)
+    return "#" + "".join(f"{round(part * keep):02x}" for part in parts)
 
 
 def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
@@ -106,6 +127,11 @@ def plain(value: float) -> str:
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def three_digits(value: float) -> str:
+    """A positive number with three significant digits, zeros included: 3.00, 0.182, 245, 1,250."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def end_labels(axes: Any, points: Sequence[tuple[str, float, float, str]], *, fontsize: float = 8) -> None:

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from merit_ds.lab.figures import look, ordered, panels
+from merit_ds.lab.figures import look, ordered, panels, three_digits
 
 
 def draw_cost(groups: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Any:
@@ -21,7 +21,7 @@ def draw_cost(groups: Mapping[str, Mapping[str, tuple[float, float | None]]]) ->
         for row, name in enumerate(names):
             seconds, ratio = group[name]
             axes.barh(row, seconds, height=0.62, color=look(name)[0])
-            text = f"{seconds:.3g} s" + ("" if ratio is None else f"  x{ratio:.2f}")
+            text = f"{three_digits(seconds)} s" + ("" if ratio is None else f"  x{ratio:.2f}")
             axes.text(seconds + 0.02 * longest, row, text, va="center", fontsize=8.5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)

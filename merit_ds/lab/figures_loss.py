@@ -8,7 +8,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merit_ds.lab.figures import GREY, end_labels, legend, look, number_axis, ordered, panels, style
+from merit_ds.lab.figures import (
+    GREY,
+    end_labels,
+    ink,
+    label_left,
+    legend,
+    look,
+    number_axis,
+    ordered,
+    panels,
+    sparse,
+    style,
+)
 from merit_ds.lab.report_statistics import Best, Crossing, Outcome, Summary, ideal_steps, losses_by_lr, smooth
 
 LOSS = "final validation loss (nats a token)"
@@ -19,7 +31,7 @@ def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
     """For each batch a group of optimizers: the mean over seeds with its value, each seed, and their range."""
     names = ordered(name for group in groups.values() for name in group)
     figure, (axes,) = panels(1, height=4.0)
-    figure.set_size_inches(9.6, 4.3)
+    figure.set_size_inches(10.4, 4.5)
     step = min(0.8 / max(len(names), 1), 0.2)
     for position, group in enumerate(groups.values()):
         best = min((b.summary.mean for b in group.values() if not b.summary.diverged), default=None)
@@ -30,7 +42,9 @@ def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="batch", ylabel=LOSS)
-    axes.margins(y=0.16)
+    lows, highs = zip(*((b.summary.low, b.summary.high) for g in groups.values() for b in g.values()), strict=True)
+    room = (max(highs) - min(lows)) or 0.1
+    axes.set_ylim(min(lows) - 0.08 * room, max(highs) + 0.2 * room)  # the values stand upright above their marks
     for border in range(1, len(groups)):
         axes.axvline(border - 0.5, color="#d6dbe1", linewidth=0.8)
     legend(figure, names)
@@ -54,8 +68,8 @@ def _best_mark(axes: Any, x: float, name: str, best: Best, *, winner: bool) -> N
         ha="center",
         va="bottom",
         rotation=90,
-        fontsize=8,
-        color=colour,
+        fontsize=8.5,
+        color=ink(name),
         fontweight="bold" if winner else "normal",
     )
 
@@ -64,18 +78,18 @@ def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], B
     """A panel for each batch: final loss against peak learning rate; diverged and too high ones at the upper edge."""
     from matplotlib.lines import Line2D
 
-    figure, every = panels(len(grids), height=3.5, share_y=True)
+    figure, every = panels(len(grids), height=3.8)
     names = ordered(name for grid in grids.values() for name in grid)
-    losses = [o.loss for grid in grids.values() for outcomes, _ in grid.values() for o in outcomes]
-    bottom, top = loss_window([loss for loss in losses if math.isfinite(loss)])
     for axes, (batch, grid) in zip(every, grids.items(), strict=True):
+        losses = [outcome.loss for outcomes, _ in grid.values() for outcome in outcomes]
+        bottom, top = loss_window([loss for loss in losses if math.isfinite(loss)])
         for name in ordered(grid):
             _sensitivity_line(axes, name, *grid[name], top=top)
         axes.set_xscale("log")
         number_axis(axes.xaxis, [o.lr for outcomes, _ in grid.values() for o in outcomes], limit=5)
         axes.tick_params(axis="x", labelrotation=35)
         axes.set(title=f"batch {batch:,}", xlabel="peak learning rate", ylim=(bottom, top))
-    every[0].set_ylabel(LOSS)
+        label_left(axes, LOSS)
     extra = [
         Line2D([], [], color=GREY, marker="o", markersize=12, markerfacecolor="none", linestyle="", label="best"),
         Line2D([], [], color=GREY, marker="x", markersize=7, markeredgewidth=2, linestyle="", label="diverged"),
@@ -124,7 +138,7 @@ def _sensitivity_line(axes: Any, name: str, outcomes: Sequence[Outcome], best: B
 def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float) -> Any:
     """Steps to the loss `target` against batch, both logarithmic, with the line of ideal scaling."""
     figure, (axes,) = panels(1, height=4.4)
-    figure.set_size_inches(8.0, 4.8)
+    figure.set_size_inches(10.4, 5.0)
     axes.set_xscale("log")
     axes.set_yscale("log")
     batches = sorted({batch for found in crossings.values() for batch in found})
@@ -136,7 +150,7 @@ def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float
         for batch, crossing in found:
             if crossing.at_most:
                 axes.annotate("≤", (batch, crossing.step), xytext=(-11, -3), textcoords="offset points", fontsize=9)
-        ends.append((name, found[-1][0], found[-1][1].step, look(name)[0]))
+        ends.append((name, found[-1][0], found[-1][1].step, ink(name)))
     steps = [c.step for found in crossings.values() for c in found.values()]
     starts = [found[first].step for found in crossings.values() if first in found]
     ideal = [ideal_steps(min(starts), batch=first, at=batch) for batch in batches]
@@ -153,30 +167,31 @@ def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float
 
 def draw_curves(curves: Mapping[int, Mapping[str, tuple[Curve, Curve]]]) -> Any:
     """A panel for each batch: training loss, smoothed and thin, and validation loss with marks, for each optimizer."""
-    figure, every = panels(len(curves), height=3.6, columns=2)
+    figure, every = panels(len(curves), height=3.4)
     for axes, (batch, by_name) in zip(every, curves.items(), strict=True):
         ends, seen = [], []
         for name in ordered(by_name):
             training, validation = by_name[name]
-            smoothed = smooth([loss for _, loss in training], weight=0.8)
+            smoothed = smooth([loss for _, loss in training], reach=max(1, len(training) // 40))
             axes.plot([s for s, _ in training], smoothed, color=look(name)[0], linewidth=0.9, alpha=0.55)
-            axes.plot([s for s, _ in validation], [v for _, v in validation], **(style(name) | {"linewidth": 1.3}))
+            axes.plot([s for s, _ in validation], [v for _, v in validation], **sparse(name, len(validation)))
             last = next(((s, v) for s, v in reversed(validation) if math.isfinite(v)), None)
             if last:
-                ends.append((f"{name} {last[1]:.3f}", last[0], last[1], look(name)[0]))
+                ends.append((f"{name} {last[1]:.3f}", last[0], last[1], ink(name)))
             seen += [(s, v) for s, v in (*validation, *zip((s for s, _ in training), smoothed, strict=True))]
         _zoom(axes, seen)
-        axes.set(title=f"batch {batch:,}", xlabel="optimizer step", ylabel="loss (nats a token)")
+        axes.set(title=f"batch {batch:,}", xlabel="optimizer step")
+        label_left(axes, "loss (nats a token)")
         end_labels(axes, ends)
     return figure
 
 
 def _zoom(axes: Any, seen: Sequence[tuple[int, float]]) -> None:
-    """Leave out of sight the steep first tenth, which would flatten all that follows."""
+    """Leave out of sight the steep first fifth, which would flatten all that follows."""
     finite = [(step, loss) for step, loss in seen if math.isfinite(loss)]
     if finite:
         last = max(step for step, _ in finite)
-        late = [loss for step, loss in finite if step >= 0.1 * last]
+        late = [loss for step, loss in finite if step >= 0.2 * last]
         low, high = min(late), max(late)
         room = (high - low) * 0.06 or 0.05
         axes.set_ylim(low - room, high + room)
@@ -184,8 +199,12 @@ def _zoom(axes: Any, seen: Sequence[tuple[int, float]]) -> None:
 
 def draw_ablations(groups: Mapping[int, Mapping[str, Summary]], *, full: str) -> Any:
     """A panel for each batch: how much higher an ablation's final loss is than the full optimizer's, seed by seed."""
-    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
-    figure, every = panels(len(groups), height=0.9 + 0.42 * len(labels), columns=2, share_y=True)
+    sums: dict[str, float] = {}
+    for group in groups.values():
+        for label, summary in group.items():
+            sums[label] = sums.get(label, 0.0) + summary.mean
+    labels = sorted(sums, key=lambda label: -sums[label])
+    figure, every = panels(len(groups), height=0.9 + 0.42 * len(labels), share_y=True)
     finite = [bound for g in groups.values() for s in g.values() if s.finite for bound in (s.low, s.high)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
     room = (high - low) * 0.22 or 0.05

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from merit_ds.lab.figures import end_labels, look, ordered, panels, style
+from merit_ds.lab.figures import end_labels, ink, label_left, ordered, panels, sparse
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logari
     mesh = None
     for axes, name in zip(every, names, strict=True):
         mesh = _panel(axes, maps[name], norm)
-        axes.set_title(name, color=look(name)[0])
+        axes.set_title(name, color=ink(name))
         axes.set_title(maps[name].note, loc="right", fontsize=8, fontweight="normal", color="#4b5563")
     bar = figure.colorbar(mesh, ax=every, shrink=0.9, aspect=30 if len(names) > 3 else 20, pad=0.015)
     bar.set_label(label)
@@ -65,7 +65,8 @@ def _panel(axes: Any, one: LayerMap, norm: Any) -> Any:
     stride = -(-layers // 8)
     axes.set_yticks(range(1, layers + 1, stride))
     axes.grid(visible=False)
-    axes.set(xlabel="optimizer step", ylabel="layer")
+    axes.set(xlabel="optimizer step")
+    label_left(axes, "layer")
     return mesh
 
 
@@ -81,19 +82,20 @@ def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> 
     """A panel for each batch: the largest value of all layers against steps, a line for each optimizer."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, every = panels(len(batches), height=3.2, columns=2)
+    figure, every = panels(len(batches), height=3.2)
     for axes, (batch, maps) in zip(every, batches.items(), strict=True):
         ends = []
         for name in ordered(maps):
             peaks = [max((v for v in sample if math.isfinite(v)), default=math.nan) for sample in maps[name].values]
             steps = maps[name].steps
-            axes.plot(steps, peaks, **(style(name) | {"markevery": max(1, len(steps) // 8)}))
+            axes.plot(steps, peaks, **sparse(name, len(steps)))
             if math.isfinite(peaks[-1]):
-                ends.append((f"{name} {peaks[-1]:.0f}", steps[-1], peaks[-1], look(name)[0]))
+                ends.append((f"{name} {peaks[-1]:.0f}", steps[-1], peaks[-1], ink(name)))
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set(title=f"batch {batch:,}", xlabel="optimizer step", ylabel=label)
+        axes.set(title=f"batch {batch:,}", xlabel="optimizer step")
+        label_left(axes, label)
         end_labels(axes, ends)
     return figure

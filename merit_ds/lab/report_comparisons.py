@@ -115,7 +115,7 @@ def curves_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
     section = Section("Loss curves", "curves")
     section.text.append(
         "For each optimizer the run at its best learning rate whose final loss is nearest to the mean over seeds. "
-        "Thin: training loss, smoothed; with marks: validation loss. The steep first tenth is out of sight."
+        "Thin: training loss, smoothed; with marks: validation loss. The steep first fifth is out of sight."
     )
     for family, batches in by_family(tuned).items():
         curves = {}

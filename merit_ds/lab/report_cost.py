@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import median
 
-from merit_ds.lab.figures import look, ordered
+from merit_ds.lab.figures import look, ordered, three_digits
 from merit_ds.lab.figures_cost import draw_cost
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
@@ -69,12 +69,12 @@ def _row(
     speeds = [speed for run in runs if (speed := _tflops(run)) is not None]
     parts: list[tuple[str, str | None]] = []
     for run in runs:
-        parts += [(" " if parts else "", None), (f"{_seconds(run):.3g}", links.run(run))]
+        parts += [(" " if parts else "", None), (three_digits(_seconds(run) or 0.0), links.run(run))]
     return [
         cell(model),
         cell(f"{batch:,}"),
         cell(name, colour=look(name)[0]),
-        cell(f"{seconds:.3g}"),
+        cell(three_digits(seconds)),
         cell("-" if ratio is None else f"{ratio:.3f}"),
         cell(f"{median(speeds) * 1000:,.4g}" if speeds else "-"),
         Cell(tuple(parts)),

@@ -24,9 +24,11 @@ def overview_section(
     unfinished = [name for study in studies for name in study.unfinished]
     section.text.append(
         f"{len(runs)} runs: {counts['done']} finished, {counts['diverged']} diverged, {counts['failed']} failed"
-        + (f"; {len(unfinished)} more have no result yet." if unfinished else ".")
+        + (f"; without a result yet: {len(unfinished)}." if unfinished else ".")
     )
-    section.text += [line for family, batches in by_family(tuned).items() for line in _leaders(family.title, batches)]
+    for family, batches in by_family(tuned).items():
+        if leaders := _leaders(batches):
+            section.text.append(f"{family.title}: {'; '.join(leaders)}.")
     if not any(one.best for one in tuned):
         section.warnings.append("No run finished with a validation loss, so there is nothing to compare.")
     if doubles:
@@ -44,7 +46,7 @@ def overview_section(
     return section
 
 
-def _leaders(title: str, batches: dict[int, dict[str, Tuned]]) -> list[str]:
+def _leaders(batches: dict[int, dict[str, Tuned]]) -> list[str]:
     lines = []
     for batch, group in batches.items():
         summaries = {name: one.best.summary for name, one in group.items() if one.best}
@@ -60,8 +62,8 @@ def _leaders(title: str, batches: dict[int, dict[str, Tuned]]) -> list[str]:
         several = summaries[leader].finite > 1 and others[second].finite > 1
         doubt = " (ranges over seeds overlap)" if unsure else "" if several else " (not both with several seeds)"
         lines.append(
-            f"{title}, batch {batch:,}: {leader} has the lowest loss, {summaries[leader].mean:.3f}; next is {second}, "
-            f"{gap:.3f} above{doubt}."
+            f"at batch {batch:,} {leader} has the lowest loss, {summaries[leader].mean:.3f}, "
+            f"{gap:.3f} below {second}{doubt}"
         )
     return lines
 

@@ -98,7 +98,17 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
             )
         )
         rows = [row for batch in batches for row in _best_rows(batches[batch], links)]
-        columns = ["batch", "optimizer", "best lr", "mean loss", "min to max", "std", "seeds (loss)", "to the best", ""]
+        columns = [
+            "batch",
+            "optimizer",
+            "best lr",
+            "mean loss",
+            "min to max",
+            "std",
+            "seeds (loss)",
+            "to the best",
+            "remark",
+        ]
         section.parts.append(
             Table(f"{family.title}: final validation loss (nats a token)", columns, rows, _table_note(batches))
         )
@@ -213,7 +223,7 @@ def sensitivity_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         )
         rows = [_grid_row(one, lr, links) for group in batches.values() for one in group.values() for lr in _lrs(one)]
         columns = ["batch", "optimizer", "lr", "seeds (loss)", ""]
-        section.parts.append(Table(f"{family.title}: every learning rate", columns, rows))
+        section.parts.append(Table(f"{family.title}: every learning rate", columns, rows, folded=True))
     return section if section.parts else None
 
 

@@ -31,6 +31,8 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     note: str = ""
+    folded: bool = False
+    """Shown at a click on its title."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,11 @@ def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{_html_cell(entry)}</td>' for entry in row)}</tr>\n" for row in table.rows)
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<div class="table"><table><caption>{escape(table.title)}</caption>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}"
+    caption = "" if table.folded else f"<caption>{escape(table.title)}</caption>"
+    whole = (
+        f'<div class="table"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}'
     )
+    return f"<details><summary>{escape(table.title)}</summary>{whole}</details>" if table.folded else whole
 
 
 def _html_cell(entry: Cell) -> str:

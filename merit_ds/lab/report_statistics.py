@@ -198,14 +198,13 @@ def steady_median(rows: Sequence[tuple[int, float]], *, warm_up: int) -> float |
     return median(steady) if steady else None
 
 
-def smooth(values: Sequence[float], *, weight: float) -> list[float]:
-    """Exponential moving average that starts at the first value; non-finite values stay and are not carried on."""
-    smoothed: list[float] = []
-    state: float | None = None
-    for value in values:
-        if math.isfinite(value):
-            state = value if state is None else weight * state + (1 - weight) * value
-            smoothed.append(state)
-        else:
-            smoothed.append(math.nan)
+def smooth(values: Sequence[float], *, reach: int) -> list[float]:
+    """Mean over up to `reach` values on either side, so that a slope does not lag behind; fewer at the ends.
+
+    Non-finite values become NaN and count in no mean.
+    """
+    smoothed = []
+    for index, value in enumerate(values):
+        window = [other for other in values[max(0, index - reach) : index + reach + 1] if math.isfinite(other)]
+        smoothed.append(fmean(window) if math.isfinite(value) else math.nan)
     return smoothed

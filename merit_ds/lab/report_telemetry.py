@@ -39,7 +39,7 @@ class Quantity:
 QUANTITIES = (
     Quantity(
         key="max_attention_logit",
-        title="Largest attention logit by layer and step",
+        title="Attention logits",
         label="max attention logit",
         text="The largest entry of QK^T/sqrt(d) of each layer, before the softmax. Where it runs away, attention "
         "saturates on single tokens.",
@@ -48,14 +48,14 @@ QUANTITIES = (
     ),
     Quantity(
         key="attention_entropy",
-        title="Attention entropy by layer and step",
+        title="Attention entropy",
         label="attention entropy (nats)",
         text="Mean entropy of the attention weights of a query: low means that it looks at few tokens.",
         beside="the paper's figure 11",
     ),
     Quantity(
         key="clipped_share",
-        title="Share of clipped elements by layer and step",
+        title="Clipped elements",
         label="clipped elements",
         text="Share of elements whose scaled update lies at the clip bound; the plain mean over a layer's parameters.",
         beside="the paper's figure 13",
@@ -63,7 +63,7 @@ QUANTITIES = (
     ),
     Quantity(
         key="whole_share",
-        title="Share of elements at the whole-weight bound by layer and step",
+        title="Whole-weight bound",
         label="at the whole-weight bound",
         text="Share of elements whose trust ratio is the whole weight's; the plain mean over a layer's parameters.",
         beside="the paper's figure 15",
@@ -71,7 +71,7 @@ QUANTITIES = (
     ),
     Quantity(
         key="l2_max_gap",
-        title="(l2 - max) / l2 of query and key weights",
+        title="Gap between l2 and max norm",
         label="(l2 - max) / l2",
         text="How far the l2 norm lies above the max norm, as a share of it; the query and key weights of each layer.",
         beside="the paper's figure 10",
