@@ -20,8 +20,8 @@ GRIDS = {
 ABLATIONS = {
     "without clip": 0.015,
     "without element-wise ratio": 0.041,
-    "without whole bound": -0.004,
-    "l2 norm": 0.062,
+    "without whole bound": -0.0042,
+    "l2 norm": 0.0622,
 }
 SEEDS = {1: -0.010, 2: 0.0, 3: 0.013}
 TOKENS = 9_830_400

@@ -113,11 +113,17 @@ def ink(name: str) -> str:
 
 
 def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
-    """Make a logarithmic axis show plain numbers, at `values` where they are few, else at 1, 2 and 5."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    """Make a logarithmic axis show plain numbers: at `values` where there are at most `limit`, else at 1, 2 and 5, and
+    at more in between where the values span so little that these would be rare."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     distinct = sorted(set(values))
-    axis.set_major_locator(FixedLocator(distinct) if len(distinct) <= limit else LogLocator(subs=(1, 2, 5)))
+    if len(distinct) <= limit:
+        axis.set_major_locator(FixedLocator(distinct))
+    elif distinct[-1] > 8 * distinct[0]:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 

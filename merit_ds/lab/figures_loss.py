@@ -172,7 +172,7 @@ def draw_curves(curves: Mapping[int, Mapping[str, tuple[Curve, Curve]]]) -> Any:
         ends, seen = [], []
         for name in ordered(by_name):
             training, validation = by_name[name]
-            smoothed = smooth([loss for _, loss in training], reach=max(1, len(training) // 40))
+            smoothed = smooth([loss for _, loss in training], reach=max(1, len(training) // 25))
             axes.plot([s for s, _ in training], smoothed, color=look(name)[0], linewidth=0.9, alpha=0.55)
             axes.plot([s for s, _ in validation], [v for _, v in validation], **sparse(name, len(validation)))
             last = next(((s, v) for s, v in reversed(validation) if math.isfinite(v)), None)

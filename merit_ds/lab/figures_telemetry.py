@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from merit_ds.lab.figures import end_labels, ink, label_left, ordered, panels, sparse
+from merit_ds.lab.figures import end_labels, ink, label_left, number_axis, ordered, panels, sparse
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LayerMap:
 def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logarithmic: bool) -> Any:
     """Small multiples: step to the right, layer upwards, the same colours for the same value in every panel."""
     from matplotlib import colors
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
     names = ordered(maps)
     figure, every = panels(len(names), height=2.5)
@@ -42,18 +42,10 @@ def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logari
     bar = figure.colorbar(mesh, ax=every, shrink=0.9, aspect=30 if len(names) > 3 else 20, pad=0.015)
     bar.set_label(label)
     if wide:
-        bar.ax.yaxis.set_major_locator(_one_two_five())
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        number_axis(bar.ax.yaxis, [low, high], limit=0)
     elif percent:
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
-
-
-def _one_two_five() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1, 2, 5))
 
 
 def _panel(axes: Any, one: LayerMap, norm: Any) -> Any:
@@ -80,8 +72,6 @@ def step_edges(steps: Sequence[int]) -> list[float]:
 
 def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> Any:
     """A panel for each batch: the largest value of all layers against steps, a line for each optimizer."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     figure, every = panels(len(batches), height=3.2)
     for axes, (batch, maps) in zip(every, batches.items(), strict=True):
         ends = []
@@ -92,9 +82,8 @@ def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> 
             if math.isfinite(peaks[-1]):
                 ends.append((f"{name} {peaks[-1]:.0f}", steps[-1], peaks[-1], ink(name)))
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        positive = [v for one in maps.values() for sample in one.values for v in sample if 0 < v < math.inf]
+        number_axis(axes.yaxis, positive or [1.0], limit=0)
         axes.set(title=f"batch {batch:,}", xlabel="optimizer step")
         label_left(axes, label)
         end_labels(axes, ends)

@@ -5,6 +5,7 @@ The page loads nothing: pictures are embedded, there is no script, links are rel
 """
 
 import base64
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -182,7 +183,7 @@ def _md(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    return re.sub(r"\s+", " ", text)
 
 
 def _url(link: str) -> str:
