@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
 def markdown_table(text: str, title: str) -> list[list[str]]:
     block = text.split(f"**{title}**\n\n", 1)[1].split("\n\n", 1)[0]
-    rows = [line.strip("| ").split(" | ") for line in block.split("\n") if not line.startswith("|---")]
+    rows = [line[2:-2].split(" | ") for line in block.split("\n") if not line.startswith("|---")]
     return [[re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", entry).replace("**", "") for entry in row] for row in rows]
 
 

@@ -18,7 +18,7 @@ def ablations_section(runs: Sequence[Run], tuned: Sequence[Tuned], links: Links)
     section = Section("Ablations", "ablations")
     section.text.append(
         "What the final loss becomes when a part of the optimizer is taken out or exchanged: the difference to the "
-        "full one at the same learning rate, seed by seed. Above zero the part helps; a range that holds zero leaves it "
+        "full one at the same learning rate, seed by seed. Above zero the part helps; a range across zero leaves it "
         "open."
     )
     variants = [run for run in runs if run.variant is not None]
