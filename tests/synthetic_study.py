@@ -169,7 +169,11 @@ def _telemetry(optimizer: str, far: float, batch: int, steps: int) -> list[dict]
         if optimizer == "MERIT":
             row["whole_share"] = _by_parameter([0.02 + 0.3 * share / (1 + n) for n in range(LAYERS)])
         if ours or optimizer == "maxLAMB":
-            row["l2_max_gap"] = _by_parameter([0.99 + 0.005 * share - 0.001 * n for n in range(LAYERS)])
+            row["l2_max_gap"] = {
+                f"decoder.layers.{n}.self_attention.linear_qkv.weight.{part}": 0.99 + 0.005 * share - 0.001 * n
+                for n in range(LAYERS)
+                for part in ("query", "key")
+            }
         rows.append(row)
     return rows
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from merit_ds.lab import figures_telemetry
-from merit_ds.lab.figures import look
+from merit_ds.lab.figures import look, ordered
 from merit_ds.lab.figures_telemetry import LayerMap
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_loss import Tuned, by_family, slug
@@ -18,7 +18,6 @@ from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Run, number
 
 _LAYER = re.compile(r"layers?\.(\d+)\.")
-_QUERY_KEY = re.compile(r"qkv|query|key|q_proj|k_proj")
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,6 @@ class Quantity:
     beside: str
     percent: bool = False
     logarithmic: bool = False
-    only: re.Pattern[str] | None = None
-    """Of a quantity by parameter: the parameters that count."""
 
 
 QUANTITIES = (
@@ -73,9 +70,24 @@ QUANTITIES = (
         key="l2_max_gap",
         title="Gap between l2 and max norm",
         label="(l2 - max) / l2",
-        text="How far the l2 norm lies above the max norm, as a share of it; the query and key weights of each layer.",
+        text="How far the l2 norm lies above the max norm, as a share of it; the mean of a layer's W_Q and W_K.",
         beside="the paper's figure 10",
-        only=_QUERY_KEY,
+    ),
+    Quantity(
+        key="row_similarity",
+        title="Similarity within rows",
+        label="similarity within rows",
+        text="How alike the sizes of the elements of a row are, against those of other rows; the plain mean over a "
+        "layer's matrices.",
+        beside="the paper's figure 3",
+    ),
+    Quantity(
+        key="col_similarity",
+        title="Similarity within columns",
+        label="similarity within columns",
+        text="How alike the sizes of the elements of a column are, against those of other columns; the plain mean over "
+        "a layer's matrices.",
+        beside="the paper's figure 3",
     ),
 )
 
@@ -94,15 +106,14 @@ def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Sectio
     section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
     section.text.append("One run of each optimizer, at its best learning rate, on one colour scale.")
     for family, batches in by_family(tuned).items():
-        rows, peaks = [], {}
+        rows, peaks, missing = [], {}, dict[str, list[str]]()
         for batch, group in batches.items():
             runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
             maps = {name: layer_map(run, quantity) for name, run in runs.items()}
-            missing = [name for name in group if name not in maps]
             if not maps:
                 continue
-            if missing:
-                section.warnings.append(f"{family.title}, batch {batch:,}: not sampled for {', '.join(missing)}.")
+            for name in group.keys() - maps.keys():
+                missing.setdefault(name, []).append(f"{batch:,}")
             peaks[batch] = maps
             name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
             section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
@@ -110,8 +121,11 @@ def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Sectio
         if quantity.key == "max_attention_logit" and peaks:
             section.parts.insert(len(section.parts) - len(peaks), _peak_plot(quantity, family.title, peaks))
         if rows:
-            columns = ["batch", "optimizer", "run", "lowest", "highest", "of layer", "at step", "last, highest layer"]
-            section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows))
+            columns = ["batch", "optimizer", "run", "lowest", "highest", "layers at the end"]
+            section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows, folded=True))
+        if missing and rows:
+            lacks = "; ".join(f"{name} at batch {', '.join(missing[name])}" for name in ordered(missing))
+            section.text.append(f"{family.title}: no samples of {lacks}.")
     if not section.parts:
         return None
     return section
@@ -145,32 +159,29 @@ def layer_map(run: Run, quantity: Quantity) -> LayerMap:
     """The quantity by layer and step; without steps if it was not sampled."""
     steps, values = [], []
     for row in run.telemetry:
-        sample = by_layer(row.get(quantity.key), only=quantity.only)
+        sample = by_layer(row.get(quantity.key))
         if sample:
             steps.append(int(row["iteration"]))
             values.append(sample)
     return LayerMap(steps, values, note=f"lr {run.lr:g}")
 
 
-def by_layer(sample: Any, *, only: re.Pattern[str] | None) -> list[float]:
+def by_layer(sample: Any) -> list[float]:
     """One value a layer: as sampled, or the mean over each layer's parameters where it is by parameter.
 
     Args:
         sample: a list by layer, or parameter name to value; parameters outside the layers are left out.
-        only: parameters that count, where any matches.
     """
     if isinstance(sample, list):
         return [_finite(value) for value in sample]
     if not isinstance(sample, dict):
         return []
-    numbered = [(int(m.group(1)), name, _finite(value)) for name, value in sample.items() if (m := _LAYER.search(name))]
-    matching = [entry for entry in numbered if only is not None and only.search(entry[1])] or numbered
     found: dict[int, list[float]] = {}
-    for layer, _, value in matching:
-        if math.isfinite(value):
-            found.setdefault(layer, []).append(value)
-    last = max((layer for layer, _, _ in matching), default=-1)
-    return [fmean(found[layer]) if layer in found else math.nan for layer in range(last + 1)]
+    for name, value in sample.items():
+        if match := _LAYER.search(name):
+            found.setdefault(int(match.group(1)), []).append(_finite(value))
+    finite = {layer: [value for value in values if math.isfinite(value)] for layer, values in found.items()}
+    return [fmean(finite[layer]) if finite.get(layer) else math.nan for layer in range(max(found, default=-1) + 1)]
 
 
 def _finite(value: object) -> float:
@@ -194,8 +205,9 @@ def _row(batch: int, name: str, one: LayerMap, run: Run, quantity: Quantity, lin
         cell(f"lr {run.lr:g} seed {run.seed}", links.run(run)),
     ]
     if not entries:
-        return [*cells, *(cell("not finite") for _ in range(5))]
-    highest = max(entries, key=lambda entry: entry[0])
-    last = max((value for value, step, _ in entries if step == one.steps[-1]), default=math.nan)
-    numbers = [text(min(entries)[0]), text(highest[0]), str(highest[2]), f"{highest[1]:,}", text(last)]
-    return cells + [cell(entry) for entry in numbers]
+        return [*cells, *(cell("not finite") for _ in range(3))]
+    extremes = [min(entries), max(entries)]
+    last = [value for value, step, _ in entries if step == one.steps[-1]]
+    end = f"{text(min(last))} to {text(max(last))}" if last else "not finite"
+    found = [f"{text(value)} (layer {layer}, step {step:,})" for value, step, layer in extremes]
+    return cells + [cell(entry) for entry in (*found, end)]
