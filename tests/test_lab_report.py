@@ -242,7 +242,7 @@ def test_a_point_of_two_studies_counts_once(tmp_path):
     main([str(tmp_path / "first"), str(tmp_path / "second"), "--output", str(tmp_path / "out")])
     page = Page(tmp_path / "out" / "report.html")
     assert page.tables[BEST][1][6] == "1: 1.575, 2: 1.585"
-    assert "1 runs repeat a point of an earlier study and are not counted: second/MERIT-b64-lr0.01-s1." in page.text
+    assert "Not counted, since they repeat a point of an earlier study: second/MERIT-b64-lr0.01-s1." in page.text
     assert any(link == "../second/runs/MERIT-b64-lr0.01-s2/" for link in page.links)
 
 

@@ -107,9 +107,17 @@ def ink(name: str) -> str:
     """The optimizer's colour for text: darker where the colour itself is too pale to read on white."""
     colour = look(name)[0]
     parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
-    brightness = (0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2]) / 255
-    keep = min(1.0, 0.42 / brightness)
+    luminance = sum(weight * (part / 255) ** 2.2 for weight, part in zip((0.21, 0.72, 0.07), parts, strict=True))
+    keep = min(1.0, (0.16 / luminance) ** (1 / 2.2))
     return "#" + "".join(f"{round(part * keep):02x}" for part in parts)
+
+
+def whole_steps(axes: Any) -> None:
+    """Name the x axis; a step has no half."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=(1, 2, 2.5, 5, 10)))
 
 
 def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
@@ -149,22 +157,30 @@ def end_labels(axes: Any, points: Sequence[tuple[str, float, float, str]], *, fo
     axes.figure.canvas.draw()
     to_pixels, height = axes.transData, fontsize * axes.figure.dpi / 72 * 1.2
     wanted = sorted(((to_pixels.transform((x, y))[1], text, x, y, colour) for text, x, y, colour in points))
-    places = _spread([pixel for pixel, *_ in wanted], height)
+    places = spread_apart([pixel for pixel, *_ in wanted], height)
     scale = 72 / axes.figure.dpi
     for place, (pixel, text, x, y, colour) in zip(places, wanted, strict=True):
         axes.annotate(
             text,
             (x, y),
-            xytext=(7, (place - pixel) * scale),
+            xytext=(13, (place - pixel) * scale),
             textcoords="offset points",
             color=colour,
             fontsize=fontsize,
             va="center",
             annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
         )
 
 
-def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:
     """Ascending places at least `gap` apart, near the wanted ascending ones: clusters are centred on their mean."""
     clusters: list[tuple[list[float], float]] = []
     for place in wanted:

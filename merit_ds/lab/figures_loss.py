@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of losses: best by batch, against learning rate, steps to a loss, curves, ablations.
+"""Pictures of losses: best by batch, steps to a loss, curves, ablations.
 
 Losses are in nats a token; batches in sequences a step.
 """
@@ -20,8 +20,9 @@ from merit_ds.lab.figures import (
     panels,
     sparse,
     style,
+    whole_steps,
 )
-from merit_ds.lab.report_statistics import Best, Crossing, Outcome, Summary, ideal_steps, losses_by_lr, smooth
+from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, smooth
 
 LOSS = "final validation loss (nats a token)"
 Curve = Sequence[tuple[int, float]]
@@ -74,67 +75,6 @@ def _best_mark(axes: Any, x: float, name: str, best: Best, *, winner: bool) -> N
     )
 
 
-def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], Best | None]]]) -> Any:
-    """A panel for each batch: final loss against peak learning rate; diverged and too high ones at the upper edge."""
-    from matplotlib.lines import Line2D
-
-    figure, every = panels(len(grids), height=3.8)
-    names = ordered(name for grid in grids.values() for name in grid)
-    for axes, (batch, grid) in zip(every, grids.items(), strict=True):
-        losses = [outcome.loss for outcomes, _ in grid.values() for outcome in outcomes]
-        bottom, top = loss_window([loss for loss in losses if math.isfinite(loss)])
-        for name in ordered(grid):
-            _sensitivity_line(axes, name, *grid[name], top=top)
-        axes.set_xscale("log")
-        number_axis(axes.xaxis, [o.lr for outcomes, _ in grid.values() for o in outcomes], limit=5)
-        axes.tick_params(axis="x", labelrotation=35)
-        axes.set(title=f"batch {batch:,}", xlabel="peak learning rate", ylim=(bottom, top))
-        label_left(axes, LOSS)
-    extra = [
-        Line2D([], [], color=GREY, marker="o", markersize=12, markerfacecolor="none", linestyle="", label="best"),
-        Line2D([], [], color=GREY, marker="x", markersize=7, markeredgewidth=2, linestyle="", label="diverged"),
-        Line2D([], [], color=GREY, marker="^", markersize=7, linestyle="", label="above the axis"),
-    ]
-    legend(figure, names, extra=extra)
-    return figure
-
-
-def loss_window(losses: Sequence[float]) -> tuple[float, float]:
-    """Limits of a loss axis that show the differences between good runs: above the upper one lie the worst tenth at
-    most, and only where they would press the others together."""
-    if not losses:
-        return 0.0, 1.0
-    ascending = sorted(losses)
-    low, high = ascending[0], ascending[-1]
-    middle = ascending[int(0.9 * (len(ascending) - 1))]
-    if high - low > 1.8 * (middle - low) > 0:
-        high = middle
-    room = (high - low) * 0.08 or 0.05 * abs(low) or 0.05
-    return low - room, high + 1.6 * room
-
-
-def _sensitivity_line(axes: Any, name: str, outcomes: Sequence[Outcome], best: Best | None, *, top: float) -> None:
-    colour, _ = look(name)
-    grid = losses_by_lr(outcomes)
-    chosen_on = set(best.chosen_on) if best else set()
-    line = []
-    for lr, by_seed in grid.items():
-        deciding = [loss for seed, loss in by_seed.items() if seed in chosen_on] or list(by_seed.values())
-        mean = sum(deciding) / len(deciding)
-        line.append((lr, mean if math.isfinite(mean) else math.nan))
-        for seed, loss in by_seed.items():
-            if math.isinf(loss):
-                axes.plot(lr, top, "x", color=colour, markersize=7, markeredgewidth=2, clip_on=False, zorder=4)
-            elif loss > top:
-                axes.plot(lr, top, "^", color=colour, markersize=7, clip_on=False, zorder=4)
-            elif len(by_seed) > 1 or seed not in chosen_on:
-                axes.plot(lr, loss, "_", color=colour, markersize=8, alpha=0.7)
-    axes.plot([lr for lr, _ in line], [loss for _, loss in line], **style(name))
-    if best:
-        mean = sum(best.losses[seed] for seed in best.chosen_on) / len(best.chosen_on)
-        axes.plot(best.lr, mean, "o", color=colour, markersize=13, markerfacecolor="none", markeredgewidth=1.4)
-
-
 def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float) -> Any:
     """Steps to the loss `target` against batch, both logarithmic, with the line of ideal scaling."""
     figure, (axes,) = panels(1, height=4.4)
@@ -180,7 +120,8 @@ def draw_curves(curves: Mapping[int, Mapping[str, tuple[Curve, Curve]]]) -> Any:
                 ends.append((f"{name} {last[1]:.3f}", last[0], last[1], ink(name)))
             seen += [(s, v) for s, v in (*validation, *zip((s for s, _ in training), smoothed, strict=True))]
         _zoom(axes, seen)
-        axes.set(title=f"batch {batch:,}", xlabel="optimizer step")
+        axes.set_title(f"batch {batch:,}")
+        whole_steps(axes)
         label_left(axes, "loss (nats a token)")
         end_labels(axes, ends)
     return figure

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from merit_ds.lab.figures import end_labels, ink, label_left, number_axis, ordered, panels, sparse
+from merit_ds.lab.figures import end_labels, ink, label_left, number_axis, ordered, panels, sparse, whole_steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _panel(axes: Any, one: LayerMap, norm: Any) -> Any:
     stride = -(-layers // 8)
     axes.set_yticks(range(1, layers + 1, stride))
     axes.grid(visible=False)
-    axes.set(xlabel="optimizer step")
+    whole_steps(axes)
     label_left(axes, "layer")
     return mesh
 
@@ -84,7 +84,8 @@ def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> 
         axes.set_yscale("log")
         positive = [v for one in maps.values() for sample in one.values for v in sample if 0 < v < math.inf]
         number_axis(axes.yaxis, positive or [1.0], limit=0)
-        axes.set(title=f"batch {batch:,}", xlabel="optimizer step")
+        axes.set_title(f"batch {batch:,}")
+        whole_steps(axes)
         label_left(axes, label)
         end_labels(axes, ends)
     return figure

@@ -33,7 +33,7 @@ def overview_section(
         section.warnings.append("No run finished with a validation loss, so there is nothing to compare.")
     if doubles:
         section.warnings.append(
-            f"{len(doubles)} runs repeat a point of an earlier study and are not counted: "
+            "Not counted, since they repeat a point of an earlier study: "
             + ", ".join(f"{run.study}/{run.id}" for run in doubles)
             + "."
         )
@@ -75,6 +75,9 @@ def _mixtures(runs: Sequence[Run]) -> list[str]:
         values = sorted({str(run.result[key]) for run in runs if run.result.get(key)})
         if len(values) > 1:
             found.append(f"The runs come from {len(values)} {name}: {', '.join(values)}.")
+    corpora = {json.dumps(run.result["data"], sort_keys=True) for run in runs if run.result.get("data")}
+    if len(corpora) > 1:
+        found.append(f"The runs come from {len(corpora)} different corpora: their losses cannot be compared.")
     return found
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from merit_ds.lab import figures_loss
 from merit_ds.lab.figures import look, ordered
+from merit_ds.lab.figures_loss import draw_best
+from merit_ds.lab.figures_sensitivity import draw_sensitivity
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Family, Run
@@ -94,7 +95,7 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
                 f"best-{slug(family.title)}",
                 f"{family.title}: final validation loss at each optimizer's best learning rate; mark: mean over seeds, "
                 "bar: their range, ticks: single seeds. Beside the paper's figure 4 and table 3.",
-                partial(figures_loss.draw_best, found),
+                partial(draw_best, found),
             )
         )
         rows = [row for batch in batches for row in _best_rows(batches[batch], links)]
@@ -218,7 +219,7 @@ def sensitivity_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
                 f"sensitivity-{slug(family.title)}",
                 f"{family.title}: final validation loss against peak learning rate, a panel for each batch. Crosses on "
                 "the upper edge diverged, triangles there lie above the axis; a ring marks each optimizer's best.",
-                partial(figures_loss.draw_sensitivity, grids),
+                partial(draw_sensitivity, grids),
             )
         )
         rows = [_grid_row(one, lr, links) for group in batches.values() for one in group.values() for lr in _lrs(one)]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report's pictures decide: colours, places of labels, limits of axes, maps of layers."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png
+from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
+from merit_ds.lab.figures_telemetry import step_edges
+from merit_ds.lab.report_statistics import Outcome, best_lr
+from merit_ds.lab.report_telemetry import by_layer
+
+OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
+
+
+def test_each_optimizer_has_a_colour_and_a_mark_of_its_own():
+    assert len({look(name)[0] for name in OPTIMIZERS}) == len({look(name)[1] for name in OPTIMIZERS}) == 10
+    for type_, name in (
+        ("Merit", "MERIT"),
+        ("MeritW", "MERIT-W"),
+        ("MeritMaxLAMB", "maxLAMB"),
+        ("sophia_g", "Sophia-G"),
+    ):
+        assert look(type_) == look(name)
+    assert look("Something else") == look("Something else")
+
+
+def test_order_is_the_papers():
+    assert ordered(["zeta", *reversed(OPTIMIZERS), "alpha"]) == [*OPTIMIZERS, "alpha", "zeta"]
+
+
+def test_text_is_dark_enough_on_white():
+    """Contrast of at least 4.5 to 1, as WCAG asks of text."""
+    for name in OPTIMIZERS:
+        parts = [int(ink(name)[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        assert 1.05 / (luminance + 0.05) >= 4.5, name
+
+
+def test_labels_are_moved_apart_and_no_further():
+    assert spread_apart([0.0, 100.0], 10) == [0.0, 100.0]
+    assert spread_apart([50.0, 50.0, 51.0], 10) == pytest.approx([40 + 1 / 3, 50 + 1 / 3, 60 + 1 / 3])
+    crowded = spread_apart([0.0, 1.0, 9.0, 9.5, 30.0], 10)
+    assert all(other - one >= 10 - 1e-9 for one, other in pairwise(crowded))
+
+
+def test_numbers_as_people_write_them():
+    assert [plain(value) for value in (4e-4, 0.002, 12, 4096, 2e-5)] == ["0.0004", "0.002", "12", "4,096", "2e-5"]
+    assert [three_digits(value) for value in (3, 0.1823, 245.4, 1250)] == ["3.00", "0.182", "245", "1,250"]
+
+
+def test_loss_window_leaves_out_what_would_press_the_others_together():
+    close = [1.5 + 0.01 * n for n in range(19)]
+    low, high = loss_window([*close, 9.0, math.inf, math.nan])
+    assert low < 1.5 and 1.68 < high < 1.8
+    assert loss_window([1.0, 2.0])[1] > 2.0
+    assert loss_window([math.inf]) == (0.0, 1.0)
+
+
+def test_diverged_runs_are_marked_at_the_upper_edge():
+    """Two of one learning rate lie one below the other."""
+    outcomes = [Outcome(0.01, 1, 1.5), Outcome(0.02, 1, 1.4), Outcome(0.04, 1, math.inf)]
+    figure = draw_sensitivity({64: {name: (outcomes, best_lr(outcomes)) for name in ("LAMB", "MERIT")}})
+    (axes,) = figure.axes
+    marks = [mark for mark in axes.collections if len(mark.get_offsets())]
+    assert [tuple(mark.get_offsets()[0]) for mark in marks] == [(0.04, axes.get_ylim()[1])] * 2
+    heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]
+    assert heights[0] > heights[1]
+    assert to_png(figure).startswith(b"\x89PNG")
+
+
+def test_unused_panels_are_not_drawn():
+    assert [len(panels(count)[0].axes) for count in (1, 2, 4, 5)] == [1, 2, 4, 5]
+
+
+def test_cells_of_a_map_surround_their_samples():
+    assert step_edges([0, 10, 30]) == [-5, 5, 20, 40]
+    assert step_edges([7]) == [6.5, 7.5]
+
+
+def test_values_by_parameter_become_values_by_layer():
+    sample = {
+        "decoder.layers.0.mlp.linear_fc1.weight": 1.0,
+        "decoder.layers.0.self_attention.linear_qkv.weight": 3.0,
+        "decoder.layers.2.mlp.linear_fc1.weight": math.nan,
+        "decoder.layers.2.mlp.linear_fc2.weight": 5.0,
+        "embedding.word_embeddings.weight": 100.0,
+    }
+    assert by_layer(sample) == [2.0, pytest.approx(math.nan, nan_ok=True), 5.0]
+    assert by_layer([1, None, 2.5]) == [1.0, pytest.approx(math.nan, nan_ok=True), 2.5]
+    assert by_layer(None) == []
