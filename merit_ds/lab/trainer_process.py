@@ -47,13 +47,15 @@ class Machine:
 def share_machine(script: Path, *, jobs: int | None, ranks: int) -> Machine:
     """Divide cores and GPUs. Without `jobs`: as many as GPUs allow, or one on the CPU.
 
+    Runs of one rank may share a GPU, which a small model does not fill; ranks of one run must each have their own.
+
     Raises:
         InputError: no trainer at `script`, or more GPUs are asked for than there are.
     """
     if not script.is_file():
         raise InputError(f"{script}: no trainer there; run in the project's folder, or give --script pretrain_gpt.py")
     gpus = _visible_gpus()
-    if gpus and len(gpus) < ranks * (jobs or 1):
+    if gpus and ranks > 1 and len(gpus) < ranks * (jobs or 1):
         raise InputError(
             f"{jobs or 1} jobs of {ranks} ranks need as many GPUs, but there are {len(gpus)}; lower --jobs"
         )
@@ -80,7 +82,8 @@ class TrainerProcess:
         port = _free_port()
         environment = os.environ | {"OMP_NUM_THREADS": str(machine.threads), "MASTER_PORT": str(port)}
         if machine.gpus:
-            mine = machine.gpus[slot * machine.ranks : (slot + 1) * machine.ranks]
+            first = slot * machine.ranks
+            mine = [machine.gpus[number % len(machine.gpus)] for number in range(first, first + machine.ranks)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         begin_attempt(folder, log=folder / LOG)
         with (folder / LOG).open("ab") as log:
