@@ -65,7 +65,7 @@ def make_universal(folder: Path, *, workers: int = 1) -> Path:
     Raises:
         InputError: there is no complete checkpoint, or it cannot be converted; what was there before is still there.
     """
-    newest = _newest_complete(folder)
+    newest = newest_complete(folder)
     if newest.manifest.universal:
         return newest.path
     if newest.manifest.zero_stage == 0:
@@ -80,8 +80,20 @@ def make_universal(folder: Path, *, workers: int = 1) -> Path:
         raise InputError(f"{newest.path}: cannot convert it: {reason}") from error
 
 
-def _newest_complete(folder: Path) -> Checkpoint:
+def newest_complete(folder: Path, *, step: int | None = None) -> Checkpoint:
+    """The newest complete checkpoint in `folder`, or the newest of `step`. One process alone calls this.
+
+    Every file is hashed. For each damaged one that is newer a warning is logged.
+
+    Raises:
+        InputError: there is none, or none that is complete.
+    """
     checkpoints, problems = read_checkpoints(folder)
+    if step is not None:
+        steps = sorted({checkpoint.manifest.step for checkpoint in checkpoints})
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.manifest.step == step]
+        if steps and not checkpoints:
+            raise InputError(f"{folder}: no checkpoint of step {step}; there are those of {', '.join(map(str, steps))}")
     for checkpoint in checkpoints:
         files = tqdm(checkpoint.manifest.files.items(), desc=f"checking {checkpoint.path.name}", unit="file")
         found = (find_damage(checkpoint.path / name, expected) for name, expected in files)
