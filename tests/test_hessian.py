@@ -280,6 +280,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, capsys: pytest.CaptureFi
     assert "data.json: not a result of this command" in refused(capsys, "data.json")
     assert "absent.json: no prepared data" in refused(capsys, "adamw", "--data", "absent")
     assert "lower --sequences" in refused(capsys, "adamw", "--sequences", "100000")
+    assert "--device cuda:77: " in refused(capsys, "adamw", "--device", "cuda:77")
     assert sorted(folder.rglob("*")) == before
 
 

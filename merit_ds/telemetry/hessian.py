@@ -143,10 +143,14 @@ def _open(folder: Path, arguments: argparse.Namespace) -> "Measurement":
     from merit_ds.telemetry.hessian_measure import Measurement, Settings
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=arguments.device or default).device
+    except (RuntimeError, AssertionError) as error:  # torch's own, where it is built without CUDA
+        raise InputError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from None
     return Measurement(
         run=open_run(folder, step=arguments.step, data=arguments.data),
         settings=Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__}),
-        device=torch.device(arguments.device or default),
+        device=device,
     )
 
 
