@@ -44,12 +44,12 @@ def draw_spectra(results: list[dict[str, Any]], path: Path) -> None:
         axes.fill_between(grid, density, 1e-300, color=f"C{index}", alpha=0.12, linewidth=0)
     peak = max(float(line.get_ydata().max()) for line in axes.lines)
     least = min(_single_height(result, sigma) for result in results)
-    axes.set_ylim(least / 20, peak * 3)
     axes.axhline(least, color="grey", linewidth=0.8, linestyle=":")
     beside = axes.get_yaxis_transform()
     axes.text(1.005, least, "one\neigenvalue", transform=beside, va="center", fontsize=8, color="grey")
-    axes.set(xlabel="eigenvalue of the Hessian", ylabel="density (log scale)")
-    _mark_top(axes, results)
+    axes.set(xlabel="eigenvalue of the Hessian (stems: the top ones)", ylabel="density (log scale)")
+    _mark_top(axes, results, sigma=sigma)
+    axes.set_ylim(least / 20, peak * 3)
     axes.grid(alpha=0.25)
     axes.set_title(_title(results), fontsize=10)
     if len(results) > 1:
@@ -73,13 +73,13 @@ def _single_height(result: dict[str, Any], sigma: float) -> float:
     return 1 / (int(result["parameters"]) * sigma * math.sqrt(2 * math.pi))
 
 
-def _mark_top(axes: Any, results: list[dict[str, Any]]) -> None:
-    """A triangle on the axis below each result's top eigenvalue."""
+def _mark_top(axes: Any, results: list[dict[str, Any]], *, sigma: float) -> None:
+    """A stem for each top eigenvalue that is known: the density may miss one that its start vectors hardly touch."""
     for index, result in enumerate(results):
-        top = result["top_eigenvalues"][0]["value"]
-        axes.plot(
-            top, 0.02, marker="^", markersize=7, color=f"C{index}", clip_on=False, transform=axes.get_xaxis_transform()
-        )
+        values = [pair["value"] for pair in result["top_eigenvalues"]]
+        height = _single_height(result, sigma)
+        axes.vlines(values, 1e-300, height, color=f"C{index}", linewidth=1)
+        axes.plot(values, [height] * len(values), "o", color=f"C{index}", markersize=4)
 
 
 def _summary(result: dict[str, Any]) -> str:
