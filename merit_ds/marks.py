@@ -38,8 +38,6 @@ def mark_parameters(
 def split_qkv(model: torch.nn.Module) -> list[str]:
     """Have MERIT see each fused QKV weight of a Megatron-core model as three matrices; the paper's default is one.
 
-    The rows alternate by query group: the group's query heads, one key head, one value head.
-
     Args:
         model: with Megatron-core's `SelfAttention` modules, tensor-parallel or not.
 
@@ -47,9 +45,31 @@ def split_qkv(model: torch.nn.Module) -> list[str]:
         The names of the weights that were marked.
 
     Raises:
-        ValueError: the model has none, or one whose rows are not those; nothing has been marked.
+        ValueError: the model has none, or one whose rows are not those of `fused_qkv`; nothing has been marked.
     """
-    views: dict[str, tuple[torch.Tensor, tuple[str, int, int]]] = {}
+    fused = fused_qkv(model)
+    if not fused:
+        raise ValueError("split_qkv: the model has no linear_qkv, as Megatron-core's SelfAttention has")
+    for name, rows in fused.items():
+        model.get_parameter(name).matrix_view = ("qkv", *rows)  # type: ignore[attr-defined]
+    return list(fused)
+
+
+def fused_qkv(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """The fused QKV weights of a Megatron-core model.
+
+    Their rows alternate by query group: the group's query heads, one key head, one value head.
+
+    Args:
+        model: with Megatron-core's `SelfAttention` modules, tensor-parallel or not.
+
+    Returns:
+        By name of the weight, its query rows of a group and its rows of a head; empty if there is none.
+
+    Raises:
+        ValueError: a weight's rows are not those.
+    """
+    found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         weight = getattr(getattr(module, "linear_qkv", None), "weight", None)
         if weight is None:
@@ -60,12 +80,8 @@ def split_qkv(model: torch.nn.Module) -> list[str]:
         name = f"{name}.linear_qkv.weight"
         if weight.shape[0] != groups * (query + 2 * head):
             raise ValueError(
-                f"split_qkv: {name} has {weight.shape[0]} rows, but {groups} query groups of {query} + {head} + {head} "
-                f"rows (query, key, value) have {groups * (query + 2 * head)}"
+                f"{name} has {weight.shape[0]} rows, but {groups} query groups of {query} + {head} + {head} rows "
+                f"(query, key, value) have {groups * (query + 2 * head)}"
             )
-        views[name] = (weight, ("qkv", query, head))
-    if not views:
-        raise ValueError("split_qkv: the model has no linear_qkv, as Megatron-core's SelfAttention has")
-    for weight, view in views.values():
-        weight.matrix_view = view  # type: ignore[attr-defined]
-    return list(views)
+        found[name] = (query, head)
+    return found

@@ -130,9 +130,9 @@ def train_model(split: Split, *, dtype: torch.dtype = torch.float32) -> dict[str
     return {"weights": weights, "text": text, "losses": torch.stack(losses), "gradients": gradients}
 
 
-def train_run(run: Run, folder: Path) -> dict[str, Any]:
+def train_run(run: Run, folder: Path, *settings: str) -> dict[str, Any]:
     """The trainer from plan to last step; float32 weights before and after, put together."""
-    plan = make_plan(load_config(folder / "recipe.yaml", overrides=run.overrides(folder)))
+    plan = make_plan(load_config(folder / "recipe.yaml", overrides=[*run.overrides(folder), *settings]))
     try:
         setup.start_distributed(plan)
         data = setup.open_data(plan)

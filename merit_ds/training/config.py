@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from merit_ds.errors import InputError
+from merit_ds.telemetry.values import VALUES
 
 
 class Section(BaseModel):
@@ -124,12 +125,30 @@ class RunConfig(Section):
     sample_prompt: str = Field(default="The ", min_length=1, description="what the sample text continues")
 
 
+class TelemetryConfig(Section):
+    """What is measured inside the training steps: `merit_ds.telemetry`."""
+
+    interval: int = Field(default=100, ge=0, description="steps between two samples, after one of step 1; 0: none")
+    values: list[str] | None = Field(default=None, description=f"which ones; none: all of {', '.join(VALUES)}")
+
+    @field_validator("values")
+    @classmethod
+    def _known(cls, values: list[str] | None) -> list[str] | None:
+        for value in values or []:
+            if value not in VALUES:
+                near = difflib.get_close_matches(value, VALUES, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(VALUES)}"
+                raise ValueError(f"no value {value!r}; {hint}")
+        return values
+
+
 class Config(Section):
     """One recipe: what `pretrain_gpt.py --config` reads."""
 
     model: ModelConfig
     data: DataConfig
     run: RunConfig
+    telemetry: TelemetryConfig = TelemetryConfig()
 
 
 def load_config(path: Path, *, overrides: list[str] | None = None) -> Config:

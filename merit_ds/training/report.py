@@ -95,14 +95,17 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.telemetry = path / "telemetry.jsonl"
 
     def begin(self, description: dict[str, Any], *, step: int) -> str:
-        """Write run.json, and drop the metrics of what will be done again after `step`; returns run.json's text."""
+        """Write run.json, and drop the rows of what will be done again after `step`; returns run.json's text."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(description | provenance(), indent=1) + "\n"
         write_text(self.path / "run.json", text)
-        kept = [row for row in self.rows() if 0 < step >= row["iteration"]]
-        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        for file in (self.metrics, self.telemetry):
+            kept = [row for row in read_rows(file) if 0 < step >= row["iteration"]]
+            if kept or file.exists():
+                write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         return text
 
     def check_shared(self, text: str) -> None:
@@ -114,16 +117,26 @@ class RunFolder:
             )
 
     def rows(self) -> list[dict[str, Any]]:
-        """All metrics so far; a last line that a kill cut short is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All metrics so far."""
+        return read_rows(self.metrics)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; it has an `iteration`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one row of metrics; it has an `iteration`."""
+        add_row(self.metrics, row)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, none where it is missing; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one row to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def provenance() -> dict[str, Any]:

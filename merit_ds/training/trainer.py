@@ -4,6 +4,7 @@
 import signal
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from merit_ds.errors import InputError
+from merit_ds.telemetry.sampler import make_telemetry
 from merit_ds.training.agreement import Agreement, agree, from_rank_zero, together
 from merit_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from merit_ds.training.dataset import micro_batches
@@ -19,9 +21,10 @@ from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
 from merit_ds.training.gauss_newton import GaussNewton
 from merit_ds.training.interrupt import BadSteps, Interrupt
+from merit_ds.training.interval import Interval
 from merit_ds.training.model import masked_mean, padded_vocab
 from merit_ds.training.plan import Plan, continues_itself
-from merit_ds.training.report import RunFolder, StepReport, draw_losses, flops_per_sequence
+from merit_ds.training.report import RunFolder, StepReport, add_row, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
 from merit_ds.training.setup import Data
 
@@ -39,7 +42,7 @@ class Trainer:
         self.step = 0
         """Optimizer steps done, those of the runs that this one continues included."""
         self._bad_steps = BadSteps(plan.config.run.max_bad_steps)
-        self._interval = _Interval(plan.device)
+        self._interval = Interval(plan.device)
         self._saved_step = 0
         self._doubtful = False
         self._signal = 0
@@ -47,6 +50,8 @@ class Trainer:
         save = plan.config.run.save
         self._folder = RunFolder(Path(save)) if save else None
         self._gauss_newton = GaussNewton(engine, plan, data)
+        record = None if self._folder is None else partial(add_row, self._folder.telemetry)
+        self._telemetry = make_telemetry(engine, plan, record=record)
 
     def resume(self) -> None:
         """Continue from `run.load`, or begin. With `run.load` equal to `run.save` the first start finds nothing there,
@@ -106,6 +111,8 @@ class Trainer:
             title = Path(self.plan.config.run.deepspeed).stem
             from_rank_zero(lambda: draw_losses(folder.rows(), curve, title=title), failing=f"cannot draw {curve}")
             self._say(f"loss curve       {curve}\nmetrics          {folder.metrics}")
+            if folder.telemetry.exists():
+                self._say(f"telemetry        {folder.telemetry}: python -m merit_ds.telemetry {folder.path} draws it")
             if self._saved_step:
                 self._say(f"checkpoint       step {self._saved_step}, named in {folder.path / 'latest'}")
             for name in MONITORS:
@@ -143,6 +150,8 @@ class Trainer:
             rank=parallel_state.get_data_parallel_rank(),
             world=parallel_state.get_data_parallel_world_size(),
         )
+        if self._telemetry is not None:
+            self._telemetry.before_step(self.step + 1)
         signals: Agreement | None = None
         for index, samples in enumerate(micro_steps, start=1):
             if signals is not None:
@@ -158,6 +167,8 @@ class Trainer:
             self.engine.step()
             loss += micro_loss.detach() / batch.accumulation
         self.step += 1
+        if self._telemetry is not None:
+            self._telemetry.after_step(self.step, samples=self.step * batch.global_batch)
         flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), interrupt.received]
         *bad, self._signal = agree(flags, device=device)
         non_finite, skipped = map(bool, bad)
@@ -275,30 +286,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.plan.rank == 0:
             print(text, flush=True)
-
-
-class _Interval:
-    """The steps since the last log line, and the bad ones since the start."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), device=device)
-        self._steps = 0
-        self._seconds = 0.0
-        self.skipped = 0
-        self.non_finite = 0
-
-    def add(self, loss: torch.Tensor, seconds: float, *, non_finite: bool, skipped: bool) -> None:
-        self._loss += loss
-        self._steps += 1
-        self._seconds += seconds
-        self.skipped += skipped
-        self.non_finite += non_finite
-
-    def take(self) -> tuple[int, float, float]:
-        """Steps, seconds, and the mean loss over steps and ranks; starts a new interval. A collective."""
-        mean = self._loss / self._steps
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
-        result = self._steps, self._seconds, float(mean) / parallel_state.get_data_parallel_world_size()
-        self._loss.zero_()
-        self._steps, self._seconds = 0, 0.0
-        return result
