@@ -4,6 +4,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,15 @@ def build_sides(plan: Plan) -> dict[str, Side]:
 def _trainer(plan: Plan, data: setup.Data) -> Side:
     engine = setup.wrap(plan, setup.build(plan, data))
     trainer = Trainer(engine, plan, data)
+    return Side(partial(trainer_step, trainer), engine, _trainable(engine.module))
 
-    def train_step() -> None:
-        with Interrupt() as interrupt:
-            signum = trainer.train_step(interrupt)
-        if signum:
-            sys.exit(128 + signum)
 
-    return Side(train_step, engine, _trainable(engine.module))
+def trainer_step(trainer: Trainer) -> None:
+    """One optimizer step, unless a signal asks to stop."""
+    with Interrupt() as interrupt:
+        signum = trainer.train_step(interrupt)
+    if signum:
+        sys.exit(128 + signum)
 
 
 def _plain(plan: Plan, *, vocab_size: int) -> Side:

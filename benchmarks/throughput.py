@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -50,16 +51,18 @@ class Settings:
 
 def main() -> None:
     settings = _settings()
+    start_ranks(_rank_main, settings.ranks, settings)
+
+
+def start_ranks(rank_main: Callable[..., None], ranks: int, *arguments: Any) -> None:
+    """Run `rank_main(rank, *arguments)` in `ranks` processes, and exit as the first that fails."""
     os.environ.update(
-        WORLD_SIZE=str(settings.ranks),
-        LOCAL_SIZE=str(settings.ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(_free_port()),
+        WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
     )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        mp.spawn(_rank_main, args=(settings,), nprocs=settings.ranks)
+        mp.spawn(rank_main, args=arguments, nprocs=ranks)
     except mp.ProcessExitedException as error:
         sys.exit(error.exit_code)  # a rank has said why
 
@@ -83,21 +86,21 @@ def _settings() -> Settings:
     )
     parser.add_argument(
         "--ranks",
-        type=_positive,
+        type=positive,
         default=torch.cuda.device_count() or 2,
         metavar="N",
         help="processes; without GPUs each gets cores / N threads, or OMP_NUM_THREADS (default: the GPUs, else 2)",
     )
     parser.add_argument(
         "--blocks",
-        type=_positive,
+        type=positive,
         default=12,
         metavar="N",
         help="blocks of each side; a pair of blocks gives one ratio (default: %(default)s)",
     )
     parser.add_argument(
         "--steps-per-block",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="optimizer steps of a block; more where steps are short (default: %(default)s)",
@@ -199,7 +202,7 @@ def _show(result: dict[str, Any]) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return int(text)

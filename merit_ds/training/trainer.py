@@ -51,7 +51,8 @@ class Trainer:
         self._folder = RunFolder(Path(save)) if save else None
         self._gauss_newton = GaussNewton(engine, plan, data)
         record = None if self._folder is None else partial(add_row, self._folder.telemetry)
-        self._telemetry = make_telemetry(engine, plan, record=record)
+        self.telemetry = make_telemetry(engine, plan, record=record)
+        """None where no step is sampled."""
 
     def resume(self) -> None:
         """Continue from `run.load`, or begin. With `run.load` equal to `run.save` the first start finds nothing there,
@@ -150,8 +151,8 @@ class Trainer:
             rank=parallel_state.get_data_parallel_rank(),
             world=parallel_state.get_data_parallel_world_size(),
         )
-        if self._telemetry is not None:
-            self._telemetry.before_step(self.step + 1)
+        if self.telemetry is not None:
+            self.telemetry.before_step(self.step + 1)
         signals: Agreement | None = None
         for index, samples in enumerate(micro_steps, start=1):
             if signals is not None:
@@ -167,8 +168,8 @@ class Trainer:
             self.engine.step()
             loss += micro_loss.detach() / batch.accumulation
         self.step += 1
-        if self._telemetry is not None:
-            self._telemetry.after_step(self.step, samples=self.step * batch.global_batch)
+        if self.telemetry is not None:
+            self.telemetry.after_step(self.step, samples=self.step * batch.global_batch)
         flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), interrupt.received]
         *bad, self._signal = agree(flags, device=device)
         non_finite, skipped = map(bool, bad)
