@@ -12,7 +12,7 @@ from ranks import run_ranks
 from tensor_parallel_cases import CONTEXT, Run, Split, train_run
 
 from merit_ds.telemetry.sampler import events
-from merit_ds.telemetry.values import OF_ATTENTION, OF_WEIGHTS
+from merit_ds.telemetry.values import OF_ATTENTION, OF_WEIGHTS, VALUES
 from merit_ds.training.report import RunFolder
 
 STEPS = 5
@@ -73,7 +73,7 @@ def test_what_several_ranks_find_is_what_one_finds(folder, name):
     """In the first step but for the order of sums; later the weights have drifted apart by that."""
     for found, expected in zip(rows(folder / name), rows(folder / "alone"), strict=True):
         assert found["iteration"] == expected["iteration"]
-        assert set(found) == {"iteration"} | OF_ATTENTION | OF_WEIGHTS
+        assert set(found) == {"iteration", *VALUES}
         tolerance = 1e-5 if found["iteration"] == 1 else 1e-2
         assert flat(found) == pytest.approx(flat(expected), rel=tolerance, abs=tolerance / 10)
 

@@ -5,20 +5,13 @@ The optimizer shows each rank its pieces of every weight, between the exchange o
 """
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from merit_ds.inspection import Observed
 from merit_ds.telemetry.reduction import Reduction, Result
-
-
-class Observed(Protocol):
-    owner: Tensor
-    update: Tensor
-    ratio: Tensor
-    whole: Tensor | None
-    clip: Tensor
 
 
 class UpdateTotals:
