@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure, SubFigure
 
 Row = dict[str, Any]
 
@@ -30,6 +30,7 @@ LABELS = {
 }
 _IN_LEGEND = 8
 """Layers that a legend has room for; more get a colour bar."""
+_OUTSIDE = "outside the layers"
 
 
 def draw_attention_map(rows: list[Row], axes: Axes, *, title: str, largest: float | None = None) -> None:
@@ -66,10 +67,12 @@ def draw_layers(rows: list[Row], axes: Axes, *, value: str, title: str) -> None:
     steps = [row["iteration"] for row in rows]
     contents = [row[value] if isinstance(row[value], list) else [row[value]] for row in rows]
     for layer, numbers in enumerate(zip(*contents, strict=True)):
-        axes.plot(steps, numbers, color=_colour(layer, len(contents[0])), label=f"layer {layer}", **_style(steps))
+        axes.plot(steps, numbers, color=_colours(len(contents[0]))(layer), label=f"layer {layer}", **_style(steps))
     _finish(axes, ylabel=LABELS[value], title=title)
-    if len(contents[0]) > 1:
-        _explain(axes, len(contents[0]))
+    if len(contents[0]) > _IN_LEGEND:
+        _add_layer_bar(axes.figure, [axes], len(contents[0]))
+    elif len(contents[0]) > 1:
+        axes.legend(fontsize=9)
 
 
 def draw_weights(rows: list[Row], figure: Figure, *, value: str, title: str) -> None:
@@ -85,27 +88,28 @@ def draw_weights(rows: list[Row], figure: Figure, *, value: str, title: str) -> 
     """
     rows = [row for row in rows if value in row]
     kinds = _kinds(rows, value)
-    layers = 1 + max((layer for kind in kinds.values() for layer in kind if isinstance(layer, int)), default=0)
+    layers = 1 + max((layer for kind in kinds.values() for layer in kind if isinstance(layer, int)), default=-1)
     across, down = _grid(len(kinds))
-    panels = figure.subplots(down, across, sharex=True, sharey=value != "l2_max_gap", squeeze=False).flatten()
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (kind, names) in zip(panels, kinds.items(), strict=False):
-        for number, (layer, name) in enumerate(sorted(names.items(), key=str)):
-            inside = isinstance(layer, int)
-            colour = _colour(layer, layers) if isinstance(layer, int) else f"C{number}"
-            _draw_weight(panel, [(row["iteration"], row[value][name]) for row in rows if name in row[value]], colour)
-            panel.lines[-1].set_label(f"layer {layer}" if inside else _short(name))
+        for number, (layer, name) in enumerate(names.items()):
+            colour = _colours(layers)(layer) if isinstance(layer, int) else f"C{number}"
+            points = [(row["iteration"], row[value][name]) for row in rows if name in row[value]]
+            _draw_weight(panel, points, colour=colour, label=_short(name))
         _finish(panel, ylabel="", title=kind)
-        if not isinstance(next(iter(names)), int):
+        if kind == _OUTSIDE:
             panel.legend(fontsize=8)
     for panel in panels[len(kinds) :]:
         panel.remove()
+    for panel in panels[: len(kinds)][-across:]:  # nothing is left below them
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel("optimizer step")
     if value == "ratios":
         panels[0].set_yscale("log")
     figure.suptitle(title)
     figure.supylabel(LABELS[value])
-    drawn = list(panels[: len(kinds)])
-    if layers > 1:
-        figure.colorbar(_layer_scale(layers), ax=drawn, label="layer", ticks=_ticks(layers), shrink=0.8)
+    if layers:
+        _add_layer_bar(figure, list(panels[: len(kinds)]), layers)
 
 
 def weights_size(rows: list[Row], *, value: str) -> tuple[float, float]:
@@ -157,16 +161,16 @@ def _kinds(rows: list[Row], value: str) -> dict[str, dict[int | str, str]]:
             kinds.setdefault(_short(inside[2]), {})[int(inside[1])] = name
         else:
             others[name] = name
-    return kinds | ({"outside the layers": others} if others else {})
+    return kinds | ({_OUTSIDE: others} if others else {})
 
 
-def _draw_weight(axes: Axes, points: list[tuple[int, Any]], colour: Any) -> None:
+def _draw_weight(axes: Axes, points: list[tuple[int, Any]], *, colour: Any, label: str) -> None:
     steps = [step for step, _ in points]
     middle = [number[1] if isinstance(number, list) else number for _, number in points]
     if isinstance(points[0][1], list):
         low, high = ([number[end] for _, number in points] for end in (0, 2))
         axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(steps, middle, color=colour, **_style(steps))
+    axes.plot(steps, middle, color=colour, label=label, **_style(steps))
 
 
 def _style(steps: list[int]) -> dict[str, Any]:
@@ -181,22 +185,14 @@ def _finish(axes: Axes, *, ylabel: str, title: str) -> None:
     axes.label_outer()
 
 
-def _explain(axes: Axes, layers: int) -> None:
-    if layers <= _IN_LEGEND:
-        axes.legend(fontsize=9)
-    else:
-        axes.figure.colorbar(_layer_scale(layers), ax=axes, label="layer", ticks=_ticks(layers))
+def _add_layer_bar(figure: Figure | SubFigure, axes: list[Axes], layers: int) -> None:
+    scale = ScalarMappable(Normalize(-0.5, layers - 0.5), _colours(layers))
+    figure.colorbar(scale, ax=axes, label="layer", ticks=_ticks(layers), shrink=0.8)
 
 
-def _layer_scale(layers: int) -> ScalarMappable:
-    return ScalarMappable(Normalize(0, layers - 1), _LAYERS)
-
-
-_LAYERS = colormaps["viridis"].resampled(256)
-
-
-def _colour(layer: int, layers: int) -> Any:
-    return _LAYERS(layer / max(layers - 1, 1))
+def _colours(layers: int) -> ListedColormap:
+    """A colour for each layer, from dark to light; the lightest ones would not be seen on white."""
+    return ListedColormap([colormaps["viridis"](0.9 * index / max(layers - 1, 1)) for index in range(layers)])
 
 
 def _ticks(layers: int) -> range:
