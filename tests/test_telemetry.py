@@ -8,11 +8,14 @@ from typing import Any
 
 import launch
 import pytest
+from matplotlib.figure import Figure
 from ranks import run_ranks
 from tensor_parallel_cases import CONTEXT, Run, Split, train_run
 
+from merit_ds.telemetry.__main__ import main
+from merit_ds.telemetry.plots import draw_attention_map, draw_layers, draw_weights
 from merit_ds.telemetry.sampler import events
-from merit_ds.telemetry.values import OF_ATTENTION, OF_WEIGHTS, VALUES
+from merit_ds.telemetry.values import OF_ATTENTION, OF_UPDATES, OF_WEIGHTS, VALUES
 from merit_ds.training.report import RunFolder
 
 STEPS = 5
@@ -118,3 +121,37 @@ def test_a_continued_run_drops_what_it_will_do_again(tmp_path):
     assert rows(tmp_path) == folder.rows() == [{"iteration": 1}]
     folder.begin({}, step=0)
     assert rows(tmp_path) == folder.rows() == []
+
+
+def test_the_pictures_show_the_rows(folder):
+    found = rows(folder / "alone")
+    axes = Figure().subplots()
+    draw_layers(found, axes, value="attention_entropy", title="")
+    for layer, line in enumerate(axes.lines):
+        assert list(line.get_xdata()) == [row["iteration"] for row in found]
+        assert list(line.get_ydata()) == [row["attention_entropy"][layer] for row in found]
+    axes = Figure().subplots()
+    draw_attention_map(found, axes, title="")
+    assert axes.collections[0].get_array().T.tolist() == [row["max_attention_logit"] for row in found]
+    figure = Figure()
+    draw_weights(found, figure, value="ratios", title="")
+    panel = next(axes for axes in figure.axes if axes.get_title() == "mlp.linear_fc1")
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    assert list(panel.lines[1].get_ydata()) == [row["ratios"][name][1] for row in found]
+    band = panel.collections[1].get_paths()[0].vertices[:, 1]
+    assert {band.min(), band.max()} == {
+        min(row["ratios"][name][0] for row in found),
+        max(row["ratios"][name][2] for row in found),
+    }
+
+
+def test_the_command_draws_every_value(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["telemetry", str(folder / "alone"), str(folder / "adamw")])
+    main()
+    drawn = {path.stem for path in (folder / "alone" / "telemetry").glob("*.png")}
+    assert drawn == {"attention_map", *VALUES}
+    assert {path.stem for path in (folder / "adamw" / "telemetry").glob("*.png")} == drawn - OF_UPDATES
+    monkeypatch.setattr("sys.argv", ["telemetry", str(folder / "off")])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert f"error: {folder / 'off' / 'telemetry.jsonl'}: no samples there" in capsys.readouterr().err
