@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from merit_ds.errors import InputError
+from merit_ds.lab.laboratory import State
 from merit_ds.lab.points import Cell, expand
+from merit_ds.lab.progress import remaining_seconds, summary
 from merit_ds.lab.recipe import check_plan, plan_run, write_plan
 from merit_ds.lab.study import load_study
+from merit_ds.lab.trainer_process import Machine
 
 REPOSITORY = Path(__file__).parent.parent
 STUDIES = sorted((REPOSITORY / "configs" / "studies").rglob("*.yaml"))
@@ -174,6 +177,35 @@ def test_files_follow_from_recipe_study_and_point(load, tmp_path):
     other = plan_run(changed, point, folder=tmp_path, ranks=2, vocab=False)
     with pytest.raises(InputError, match=r"recipe.yaml: model.num_layers was 3 and is 2 now.* remove .*run to do"):
         check_plan(tmp_path / "run", other)
+
+
+def test_the_rest_is_estimated_from_the_nearest_runs_that_are_done(load, tmp_path):
+    study = load()
+    machine = Machine(tmp_path, jobs=2, ranks=1, threads=3, gpus=())
+
+    def state(*done):
+        results = {
+            f"AdamW-b{batch}-lr0.00{lr}-s1": {
+                "status": "done",
+                "wall_seconds": seconds,
+                "final_valid_loss": 1.0,
+                "point": {"model": "default", "batch": batch, "tokens": 81920},
+            }
+            for batch, lr, seconds in done
+        }
+        expansion = expand(study, {id_: 1.0 for id_ in results})
+        todo = [point for point in expansion.points if point.id not in results]
+        plans = [plan_run(study, point, folder=tmp_path, ranks=1, vocab=False) for point in todo]
+        return State(expansion, results, todo=plans)
+
+    assert remaining_seconds(state()) is None and "no estimate" in summary(state(), machine)
+    # At batch 8 five listed runs and eight that wait are left, at batch 48 six and six, for which there is only batch 8.
+    assert remaining_seconds(state((8, 1, 100.0))) == pytest.approx(25 * 100)
+    assert remaining_seconds(state((8, 1, 100.0), (48, 1, 10.0))) == pytest.approx(13 * 100 + 11 * 10)
+    text = summary(state((8, 1, 1000.0)), machine)
+    assert text.startswith(
+        "1 done, 0 running, 11 to do, 14 wait for a best learning rate; 3.5 h left (20.8 core-hours)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ All of its state is in the study's folder, so it may be killed at any moment, st
 
 import fnmatch
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -94,7 +95,7 @@ class Laboratory:
         self._plans: dict[str, RunPlan] = {}
         self._given_up: set[str] = set()
         self._told: set[str] = set()
-        self._stillborn: list[Point] = []
+        self._stillborn: list[tuple[Point, str]] = []
         if retry_failed:
             for id_, result in read_results(output).items():
                 if result["status"] == FAILED:
@@ -219,20 +220,20 @@ class Laboratory:
         self._blame_machine(plan.point, result)
 
     def _blame_machine(self, point: Point, result: dict[str, Any]) -> None:
-        """Stop where runs of several optimizers fail in a row before their first step: that says nothing of any.
+        """Stop where runs of several optimizers fail in a row before their first step, for one reason: not their own.
 
-        A full disk or a broken installation would otherwise make every run of the study a failed one. These are taken
+        Damaged data or a broken installation would otherwise make every run of the study a failed one. These are taken
         back.
         """
+        reason = re.sub(r"\d+", "", str(result["reason"]))
         if result["status"] != FAILED or result["initial_valid_loss"] is not None:
             self._stillborn = []
             return
-        self._stillborn.append(point)
-        if len(self._stillborn) >= 3 and len({point.cell.optimizer for point in self._stillborn}) > 1:
-            self._tell(
-                f"stopping: {len(self._stillborn)} runs in a row failed before their first step; they do not count"
-            )
-            for point in self._stillborn:
+        self._stillborn = [(other, why) for other, why in self._stillborn if why == reason] + [(point, reason)]
+        points = [point for point, _ in self._stillborn]
+        if len(points) >= 3 and len({point.cell.optimizer for point in points}) > 1:
+            self._tell(f"taken back: {len(points)} runs failed alike before their first step, which is not their fault")
+            for point in points:
                 (self._folder(point.id) / RESULT).unlink()
             self._stop()
 
