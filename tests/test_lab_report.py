@@ -122,6 +122,25 @@ def test_diverged_and_failed_runs_are_listed_and_escaped(whole):
     assert "130 runs: 125 finished, 4 diverged, 1 failed; without a result yet: 1." in page.text
 
 
+def test_a_diverged_run_is_part_of_its_grid_and_a_failed_one_is_not(whole):
+    rows = whole[0].tables["0.8M, 9.83 M tokens: every learning rate"]
+    found = {(row[0], row[1], row[2]): row[3:] for row in rows}
+    assert found["64", "AdamW", "0.008"] == ["1: diverged", ""]
+    assert found["64", "AdamW", "0.002"] == ["1: 1.610, 2: 1.620, 3: 1.633", "best"]
+    assert ("64", "LAMB", "0.04") in found
+    assert ("64", "LAMB", "0.08") not in found
+
+
+def test_a_run_that_ended_worse_than_it_began_is_not_the_best(tmp_path):
+    """Its loss is finite, but the lab calls it diverged."""
+    for lr, status in ((1e-2, "diverged"), (2e-2, "done")):
+        write_run(tmp_path / "worse", optimizer="MERIT", batch=64, lr=lr, seed=1, status=status)
+    result = tmp_path / "worse" / "runs" / "MERIT-b64-lr0.01-s1" / "result.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"final_valid_loss": 0.5}))
+    page, _ = report(tmp_path / "worse")
+    assert page.tables[BEST][1][2:4] == ["0.02", "1.610"]
+
+
 def test_ablations_are_differences_by_seed(whole):
     rows = whole[0].tables["0.8M, 9.83 M tokens: MERIT and its ablations"]
     found = {(row[0], row[1]): row[2:6] for row in rows}
