@@ -65,6 +65,7 @@ def test_diverged_runs_are_marked_at_the_upper_edge():
     outcomes = [Outcome(0.01, 1, 1.5), Outcome(0.02, 1, 1.4), Outcome(0.04, 1, math.inf)]
     figure = draw_sensitivity({64: {name: (outcomes, best_lr(outcomes)) for name in ("LAMB", "MERIT")}})
     (axes,) = figure.axes
+    assert axes.get_xlim()[0] < 0.01 and axes.get_xlim()[1] > 0.04  # though nothing else lies at 0.04
     marks = [mark for mark in axes.collections if len(mark.get_offsets())]
     assert [tuple(mark.get_offsets()[0]) for mark in marks] == [(0.04, axes.get_ylim()[1])] * 2
     heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]

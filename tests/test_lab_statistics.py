@@ -15,6 +15,7 @@ from merit_ds.lab.report_statistics import (
     ideal_steps,
     overlaps,
     paired_difference,
+    signed,
     smooth,
     steady_median,
     steps_to_loss,
@@ -99,6 +100,10 @@ def test_paired_difference():
     assert paired_difference(losses, base) == Summary(0.375, 0.25, 0.5, pytest.approx(0.25 / math.sqrt(2)), 2, 0)
     assert paired_difference({1: INF}, {1: 2.0}).diverged == 1
     assert paired_difference({1: 2.0}, {2: 2.0}) is None
+
+
+def test_signed():
+    assert [signed(value) for value in (0.0625, -0.2, -1e-7, 1e-7)] == ["+0.062", "-0.200", "0.000", "0.000"]
 
 
 def test_steps_to_loss():

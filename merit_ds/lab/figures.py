@@ -138,7 +138,7 @@ def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
 
 def plain(value: float) -> str:
     """A number as people write it: 0.002, 12, 4,096."""
-    if value >= 1000:
+    if 1000 <= value < 1e7:
         return f"{value:,.0f}"
     return f"{value:.3g}" if value >= 1e-4 or value == 0 else f"{value:.0e}".replace("e-0", "e-")
 

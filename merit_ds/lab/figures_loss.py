@@ -22,7 +22,7 @@ from merit_ds.lab.figures import (
     style,
     whole_steps,
 )
-from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, smooth
+from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, signed, smooth
 
 LOSS = "final validation loss (nats a token)"
 Curve = Sequence[tuple[int, float]]
@@ -148,7 +148,7 @@ def draw_ablations(groups: Mapping[int, Mapping[str, Summary]], *, full: str) ->
     figure, every = panels(len(groups), height=0.9 + 0.42 * len(labels), share_y=True)
     finite = [bound for g in groups.values() for s in g.values() if s.finite for bound in (s.low, s.high)]
     low, high = min([0.0, *finite]), max([0.0, *finite])
-    room = (high - low) * 0.22 or 0.05
+    room = max((high - low) * 0.22, 0.003)  # a smaller difference shall not fill the panel
     for axes, (batch, group) in zip(every, groups.items(), strict=True):
         axes.axvline(0, color=look(full)[0], linewidth=1.6)
         for row, label in enumerate(labels):
@@ -169,6 +169,6 @@ def _ablation_bar(axes: Any, row: int, summary: Summary, *, place: float) -> Non
     worse = summary.mean > 0
     axes.barh(row, summary.mean, height=0.56, color="#9aa5b1" if worse else "#8fc1a9")
     axes.plot([summary.low, summary.high], [row, row], color="#1f2933", linewidth=1.3, marker="|", markersize=7)
-    text = f"{summary.mean:+.3f}" + (f" ({summary.diverged} diverged)" if summary.diverged else "")
+    text = signed(summary.mean) + (f" ({summary.diverged} diverged)" if summary.diverged else "")
     right = max(summary.high, 0) + place if worse else min(summary.low, 0) - place
     axes.text(right, row, text, va="center", ha="left" if worse else "right", fontsize=8.5)

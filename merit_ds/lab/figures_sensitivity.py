@@ -19,6 +19,7 @@ def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], B
         bottom, top = loss_window([outcome.loss for outcome in outcomes])
         axes.set_xscale("log")
         axes.set_ylim(bottom, top)
+        axes.set_xlim(min(o.lr for o in outcomes) / 1.25, max(o.lr for o in outcomes) * 1.25)
         above: dict[float, list[tuple[str, float]]] = {}
         for name in ordered(grid):
             _line(axes, name, *grid[name])

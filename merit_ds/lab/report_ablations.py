@@ -10,7 +10,7 @@ from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_loss import Tuned, by_family, outcomes, seeds_cell, slug
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Family, Run
-from merit_ds.lab.report_statistics import Best, Summary, best_lr, losses_by_lr, paired_difference, summarize
+from merit_ds.lab.report_statistics import Best, Summary, best_lr, losses_by_lr, paired_difference, signed, summarize
 
 
 def ablations_section(runs: Sequence[Run], tuned: Sequence[Tuned], links: Links) -> Section | None:
@@ -104,7 +104,7 @@ def _row(
         name,
         cell(f"{chosen.lr:g}"),
         cell(f"{mean.mean:.3f}" if mean.finite else "diverged"),
-        cell(f"{difference.mean:+.3f}" if difference and finite else "-"),
-        cell(f"{difference.low:+.3f} to {difference.high:+.3f}" if difference and difference.finite > 1 else "-"),
+        cell(signed(difference.mean) if difference and finite else "-"),
+        cell(f"{signed(difference.low)} to {signed(difference.high)}" if difference and difference.finite > 1 else "-"),
         seeds_cell(at_lr, links),
     ]

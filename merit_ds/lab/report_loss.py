@@ -19,6 +19,7 @@ from merit_ds.lab.report_statistics import (
     Summary,
     best_lr,
     overlaps,
+    signed,
     winner,
 )
 
@@ -160,7 +161,7 @@ def seeds_cell(runs: Sequence[Run], links: Links) -> Cell:
 
 
 def _gap(summary: Summary, leader: Summary | None, *, leads: bool) -> str:
-    return "-" if leader is None or leads else f"{summary.mean - leader.mean:+.3f}"
+    return "-" if leader is None or leads else signed(summary.mean - leader.mean)
 
 
 def _remark(best: Best, leader: Summary | None, *, leads: bool) -> str:

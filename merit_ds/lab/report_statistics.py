@@ -132,6 +132,12 @@ def winner(summaries: Mapping[str, Summary]) -> str | None:
     return min(sound, key=lambda name: sound[name].mean, default=None)
 
 
+def signed(difference: float) -> str:
+    """A difference of losses with its sign and three decimals; what rounds to nothing has no sign."""
+    text = f"{difference:+.3f}"
+    return "0.000" if float(text) == 0 else text
+
+
 def overlaps(one: Summary, other: Summary) -> bool:
     """Whether the ranges over seeds have a value in common, so that the order of the means may be chance."""
     return one.low <= other.high and other.low <= one.high
