@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from merit_ds.megatron import tensor_parallel_group
+from merit_ds.sharded import ShardedOptimizer
 from merit_ds.telemetry.attention import AttentionWatch
 from merit_ds.telemetry.reduction import Reduction
 from merit_ds.telemetry.updates import UpdateTotals
@@ -76,7 +77,7 @@ class Telemetry:
         model, optimizer = self._engine.module, self._engine.basic_optimizer
         if self._wanted & OF_ATTENTION:
             self._attention = AttentionWatch(model)
-        if self._wanted & OF_UPDATES and hasattr(optimizer, "inspect"):
+        if self._wanted & OF_UPDATES and isinstance(optimizer, ShardedOptimizer) and optimizer.rule.norm is not None:
             self._updates = UpdateTotals(model, self._device)
             optimizer.inspect = self._updates.add
         self._weights = {}

@@ -2,6 +2,7 @@
 """What a run tells: the log line, metrics.jsonl, DeepSpeed's monitors, the loss curve, and how the run was made."""
 
 import json
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -140,7 +141,10 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, git revision and host, to tell later how a result was made."""
+    """Versions, git revision and host, to tell later how a result was made.
+
+    Where there is no checkout, as in an image, the revision is that of the environment's `MERIT_DS_REVISION`.
+    """
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -149,7 +153,7 @@ def provenance() -> dict[str, Any]:
             versions[package] = None
     return {
         "time": datetime.now().isoformat(timespec="seconds"),
-        "git": _git_revision(),
+        "git": _git_revision() or os.environ.get("MERIT_DS_REVISION"),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
