@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import REPOSITORY, losses, prepare_text
 
@@ -42,10 +43,10 @@ grids:
 """
 LONG = """
 base: tiny.yaml
-tokens: 61_440
+tokens: 40_960
 micro_batch: 4
 evaluations: 6
-checkpoints: 24
+checkpoints: 32
 optimizers: {MERIT: {type: Merit}}
 grids: [{name: one, optimizer: [MERIT], batch: [8], lr: [0.02]}]
 """
@@ -194,7 +195,7 @@ def wait_for(condition, process):
 
 
 def test_a_study_that_is_stopped_or_killed_goes_on_and_comes_to_the_same_end(folder):
-    """By a signal to the lab; by kill -9 of the lab, whose trainer goes on; by kill -9 of that trainer."""
+    """By a signal to the lab; by kill -9 of the lab, whose trainer goes on; by kill -9 of a trainer."""
     whole = lab(folder, "long", "whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     (id_,) = results(folder / "whole")
@@ -218,49 +219,39 @@ def test_a_study_that_is_stopped_or_killed_goes_on_and_comes_to_the_same_end(fol
     printed = first.communicate(timeout=100)[0]
     assert first.returncode == 1 and "run the same command to go on" in printed
     stopped = checkpoint()
-    assert 12 < stopped < 240 and not (run / "result.json").exists() and not is_locked(run)
+    assert 12 < stopped < 160 and not (run / "result.json").exists() and not is_locked(run)
 
     second = start()
-    wait_for(lambda: checkpoint() > stopped + 20, second)
+    wait_for(lambda: checkpoint() > stopped + 10, second)
     second.kill()
     second.communicate()
     assert is_locked(run)
     third = start()  # finds the run taken by the trainer of the second, and waits for it
     at = checkpoint()
     wait_for(lambda: checkpoint() > at, third)
-    (trainer,) = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_trainer(pid, run)]
     assert attempts(run) == 2
-    os.kill(int(trainer), signal.SIGKILL)
-    printed = third.communicate(timeout=200)[0]
-    assert third.returncode == 0, printed
-    assert attempts(run) == 3 and "continuing from step" in (run / "log.txt").read_text()
+    kill_trainer(run)
+    wait_for(lambda: attempts(run) == 3 and checkpoint() > at + 10, third)
+    kill_trainer(run)
+    printed = third.communicate(timeout=100)[0]
+    assert third.returncode == 1 and f"stopped   {id_} by SIGKILL" in printed and not (run / "result.json").exists()
+
+    last_part = lab(folder, "long", "cut")
+    assert last_part.returncode == 0, last_part.stdout + last_part.stderr
+    assert attempts(run) == 4 and (run / "log.txt").read_text().count("continuing from step") == 3
     assert losses(run) == losses(folder / "whole" / "runs" / id_)
     ours, reference = results(folder / "cut")[id_], results(folder / "whole")[id_]
     for key in ("final_valid_loss", "best_valid_loss", "initial_valid_loss", "steps", "status"):
         assert ours[key] == reference[key]
 
 
-def is_trainer(pid, run):
-    try:
-        return (
-            Path(f"/proc/{pid}/cwd").resolve() == run.resolve()
-            and "pretrain_gpt" in Path(f"/proc/{pid}/cmdline").read_text()
-        )
-    except OSError:
-        return False
-
-
-def test_a_killed_trainer_is_no_result(folder):
-    process = subprocess.Popen(
-        command("long", "victim"), cwd=folder, text=True, stdout=subprocess.PIPE, env=environment()
-    )
-    run = folder / "victim" / "runs" / "MERIT-b8-lr0.02-s1"
-    wait_for(lambda: max(losses(run), default=0) > 5, process)
-    (trainer,) = [pid for pid in os.listdir("/proc") if pid.isdigit() and is_trainer(pid, run)]
-    os.kill(int(trainer), signal.SIGKILL)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "stopped   MERIT-b8-lr0.02-s1 by SIGKILL" in printed
-    assert not (run / "result.json").exists()
+def kill_trainer(run):
+    (trainer,) = [
+        process
+        for process in psutil.process_iter(["cwd", "cmdline"])
+        if process.info["cwd"] == str(run) and "recipe.yaml" in process.info["cmdline"]
+    ]
+    trainer.kill()
 
 
 def test_runs_that_the_machine_fails_are_no_results(folder, tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study's YAML, and the runs that follow from it and from the losses so far: no run is started here."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from merit_ds.lab.laboratory import State
 from merit_ds.lab.points import Cell, expand
 from merit_ds.lab.progress import remaining_seconds, summary
 from merit_ds.lab.recipe import check_plan, plan_run, write_plan
+from merit_ds.lab.result import judge
 from merit_ds.lab.study import load_study
 from merit_ds.lab.trainer_process import Machine
 
@@ -199,7 +201,7 @@ def test_the_rest_is_estimated_from_the_nearest_runs_that_are_done(load, tmp_pat
         return State(expansion, results, todo=plans)
 
     assert remaining_seconds(state()) is None and "no estimate" in summary(state(), machine)
-    # At batch 8 five listed runs and eight that wait are left, at batch 48 six and six, for which there is only batch 8.
+    # At batch 8 five listed runs and eight that wait are left; at batch 48 six and six, and nothing is known of it yet.
     assert remaining_seconds(state((8, 1, 100.0))) == pytest.approx(25 * 100)
     assert remaining_seconds(state((8, 1, 100.0), (48, 1, 10.0))) == pytest.approx(13 * 100 + 11 * 10)
     text = summary(state((8, 1, 1000.0)), machine)
@@ -246,6 +248,46 @@ def test_a_study_that_its_recipe_does_not_fit_is_refused_before_a_run(load, tmp_
         for point in expand(study, {}).points:
             plan_run(study, point, folder=tmp_path, ranks=1, vocab=False)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("log", "rows", "succeeded", "status", "reason"),
+    [
+        (
+            "step\nerror: /home/me/x/lock: left by a build: rm /home/me/x/lock\n",
+            [],
+            False,
+            "failed",
+            "…/lock: left by a",
+        ),
+        (
+            "Traceback\n  at line\ntorch.OutOfMemoryError: no memory\nbye\n",
+            [4.0],
+            False,
+            "failed",
+            "OutOfMemoryError: no",
+        ),
+        (
+            "x\nerror: step 7 ended with a non-finite loss, the last of 2 bad steps in a row (run)\n",
+            [4.0],
+            False,
+            "diverged",
+            "step 7 ended with a non-finite loss",
+        ),
+        ("fine\n", [4.0, 3.0], True, "done", None),
+        ("fine\n", [4.0, 5.0], True, "diverged", "5.0000, is above the first, 4.0000"),
+        ("fine\n", [4.0, math.nan], True, "diverged", "not finite"),
+        ("OSError: no space left\n", [4.0, 3.0], False, "failed", "no space left"),
+        ("", [], False, "failed", "without a word"),
+    ],
+)
+def test_how_a_run_ended_is_told_from_its_files(tmp_path, log, rows, succeeded, status, reason):
+    (tmp_path / "log.txt").write_text(log)
+    metrics = [{"iteration": 10 * index, "valid_loss": loss} for index, loss in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    found = judge(tmp_path, steps=10, succeeded=succeeded)
+    assert found[0] == status and (found[1] is None if reason is None else reason in found[1])
+    assert "/home" not in str(found[1])
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(REPOSITORY / "configs" / "studies")))

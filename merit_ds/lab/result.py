@@ -21,6 +21,7 @@ from merit_ds.training.report import RunFolder
 
 RESULT, RESULTS, LOG = "result.json", "results.jsonl", "log.txt"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+_FOLDERS = re.compile(r"(?<![\w.])(/[\w.+-]+)+/")
 _BAD_STEPS = re.compile(r"error: (step \d+ ended with .*?bad steps in a row)")
 
 
@@ -154,7 +155,8 @@ def _median(rows: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _last_error(text: str) -> str:
-    """The last line that looks like an error, else the last line of all."""
+    """The last line that looks like an error, else the last line of all; absolute paths lose their folders."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
-    return (errors or lines or ["it ended without a word"])[-1].removeprefix("error: ")[:500]
+    last = (errors or lines or ["it ended without a word"])[-1].removeprefix("error: ")
+    return _FOLDERS.sub("…/", last)[:500]
