@@ -117,6 +117,9 @@ def test_every_outcome_is_a_result(done):
     valid = {row["iteration"]: row["valid_loss"] for row in curve if "valid_loss" in row}
     assert good["final_valid_loss"] == valid[5] and good["best_valid_loss"] == min(valid.values())
     assert good["initial_valid_loss"] == valid[0] and sorted(losses(output / good["folder"])) == [1, 2, 3, 4, 5]
+    # The loss comes first, so no kill between the two can lose it.
+    log = (output / good["folder"] / "log.txt").read_text()
+    assert 0 < log.index("validation loss at iteration 5") < log.index("saved checkpoint global_step5")
     assert good["steps"] == 5 and good["wall_seconds"] > 1 and 0 < good["seconds_per_step"] < 5
     assert good["git"] and good["versions"]["torch"] and good["device"].startswith("cpu")
     assert rows["MERIT_without_clip-b8-lr0.02-s1"]["point"] == good["point"] | {
@@ -252,6 +255,18 @@ def kill_trainer(run):
         if process.info["cwd"] == str(run) and "recipe.yaml" in process.info["cmdline"]
     ]
     trainer.kill()
+
+
+def test_a_stop_during_a_build_leaves_no_lock_on_which_every_later_run_fails(folder, tmp_path):
+    """DeepSpeed's communication op is being compiled, for the first time, when the lab is stopped."""
+    variables = environment() | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command("long", "build"), cwd=folder, env=variables, text=True, stdout=pipe, stderr=pipe)
+    wait_for(lambda: list(tmp_path.glob("*/lock")), process)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "stopped   MERIT-b8-lr0.02-s1 by SIGTERM" in printed
+    assert list(tmp_path.glob("*/build.ninja")) and not list(tmp_path.glob("*/lock"))
 
 
 def test_runs_that_the_machine_fails_are_no_results(folder, tmp_path):
