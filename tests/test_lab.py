@@ -276,7 +276,7 @@ def test_runs_that_the_machine_fails_are_no_results(folder, tmp_path):
         (tmp_path / path.name).write_bytes(content[:-2] if path.name == "data_train.bin" else content)
     broken = lab(folder, "broken", "broken", "--jobs", "2", data=str(tmp_path / "data"))
     assert broken.returncode == 1 and "taken back: " in broken.stdout, broken.stdout
-    assert broken.stdout.count("data_train.bin: ") >= 3
+    assert broken.stdout.count("corpus_train.bin: ") >= 3
     assert not list((folder / "broken").rglob("result.json")) and not results(folder / "broken")
 
 
