@@ -205,4 +205,4 @@ def _grid(panels: int) -> tuple[int, int]:
 
 
 def _short(name: str) -> str:
-    return re.sub(r"^self_attention\.|\.weight\b", "", name)
+    return re.sub(r"^(self_attention|embedding|decoder)\.|\.weight\b", "", name)
