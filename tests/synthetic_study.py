@@ -38,7 +38,7 @@ def write_study(folder: Path) -> Path:
         for batch, (_, best) in batches.items():
             for lr in GRIDS[name]:
                 for seed in (1, 2, 3) if lr == best else (1,):
-                    write_run(folder, optimizer=name, batch=batch, lr=lr, seed=seed)
+                    write_run(folder, optimizer=name, batch=batch, lr=lr, seed=seed, telemetry=True)
     for batch in (256, 1024):
         for label in ABLATIONS:
             for seed in (1, 2, 3):
@@ -76,7 +76,7 @@ def write_run(
     ablation: str | None = None,
     status: str | None = None,
     reason: str | None = None,
-    telemetry: bool = True,
+    telemetry: bool = False,
     model: str = "0.8M",
 ) -> Path:
     """One run's folder with all of its files."""

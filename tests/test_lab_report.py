@@ -215,7 +215,7 @@ def test_same_results_give_the_same_bytes(tmp_path):
 
 
 def test_single_run(tmp_path):
-    write_run(tmp_path / "one", optimizer="AdamW", batch=64, lr=2e-3, seed=1)
+    write_run(tmp_path / "one", optimizer="AdamW", batch=64, lr=2e-3, seed=1, telemetry=True)
     page, text = report(tmp_path / "one")
     assert page.tables[BEST][1][:5] == ["64", "AdamW", "0.002", "1.610", "-"]
     assert page.tables[BEST][1][8] == "lowest; one seed; only lr tried"
@@ -228,7 +228,6 @@ def test_only_failures(tmp_path):
     for lr, status in ((1e-3, "failed"), (8e-3, "diverged")):
         run = write_run(tmp_path / "bad", optimizer="AdamW", batch=64, lr=lr, seed=1, status=status, reason="lost")
         (run / "metrics.jsonl").unlink()
-        (run / "telemetry.jsonl").unlink()
     page, text = report(tmp_path / "bad")
     assert "2 runs: 0 finished, 1 diverged, 1 failed." in text
     assert "No run finished with a validation loss, so there is nothing to compare." in page.text
@@ -239,13 +238,13 @@ def test_only_failures(tmp_path):
 def test_missing_telemetry_is_said(tmp_path):
     for name, telemetry in (("AdamW", False), ("MERIT", True)):
         write_run(tmp_path / "part", optimizer=name, batch=256, lr=1e-2, seed=1, telemetry=telemetry)
-    write_run(tmp_path / "none", optimizer="MERIT", batch=256, lr=1e-2, seed=1, telemetry=False)
+    write_run(tmp_path / "none", optimizer="MERIT", batch=256, lr=1e-2, seed=1)
     assert "no samples of AdamW at batch 256." in report(tmp_path / "part")[0].text
     assert "No run at its optimizer&#x27;s best learning rate has telemetry" in report(tmp_path / "none")[0].text
 
 
 def test_not_finite_numbers_and_a_cut_line(tmp_path):
-    run = write_run(tmp_path / "nan", optimizer="MERIT", batch=64, lr=1e-2, seed=1)
+    run = write_run(tmp_path / "nan", optimizer="MERIT", batch=64, lr=1e-2, seed=1, telemetry=True)
     with (run / "telemetry.jsonl").open("a") as file:
         file.write('{"iteration": 1201, "max_attention_logit": [NaN, Infinity, null, 3.0]}\n{"iteration": 12')
     with (run / "metrics.jsonl").open("a") as file:

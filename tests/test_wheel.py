@@ -15,7 +15,11 @@ from tiny_kernel import compiler
 def _copy_of_the_tree(folder: Path) -> Path:
     root = Path(__file__).parents[1]
     kept = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-    kept += [str(path.relative_to(root)) for path in (root / "merit_ds").rglob("*") if path.suffix in (".py", ".typed")]
+    kept += [
+        str(path.relative_to(root))
+        for path in (root / "merit_ds").rglob("*")
+        if path.suffix in (".py", ".typed", ".css")
+    ]
     kept += [str(path.relative_to(root)) for path in (root / "merit_ds" / "csrc").iterdir()]
     for name in kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,8 @@ def test_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert wheel.name.endswith("-py3-none-any.whl")
     assert {f"merit_ds/csrc/{path.name}" for path in (tree / "merit_ds" / "csrc").iterdir()} <= set(names)
-    assert "merit_ds/py.typed" in names and not [name for name in names if name.endswith(".so")]
+    assert {"merit_ds/py.typed", "merit_ds/lab/report.css"} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
 
     monkeypatch.setenv("MERIT_BUILD_OPS", "1")
     monkeypatch.setenv("MERIT_BUILD_CUDA", "0")
