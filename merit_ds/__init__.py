@@ -12,6 +12,7 @@ from merit_ds.optimizer import Merit, MeritW
 from merit_ds.registration import register
 
 __all__ = [
+    "OPTIMIZERS",
     "InputError",
     "Merit",
     "MeritLAMB",
@@ -27,5 +28,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-for _optimizer in (Merit, MeritW, MeritLAMB, MeritMaxLAMB, MeritLARS, MeritLion, MeritSophiaG, MeritScion):
+OPTIMIZERS = (Merit, MeritW, MeritLAMB, MeritMaxLAMB, MeritLARS, MeritLion, MeritSophiaG, MeritScion)
+"""Every optimizer of the package, each an `optimizer.type` of a DeepSpeed JSON."""
+
+for _optimizer in OPTIMIZERS:
     register(_optimizer)

@@ -10,14 +10,20 @@ import sys
 import torch
 
 
+def spellings(optimizer: type[torch.optim.Optimizer]) -> list[str]:
+    """The names by which a JSON may ask for it: its own, in capitals, in small letters."""
+    name = optimizer.__name__
+    return [name, name.upper(), name.lower()]
+
+
 def register(optimizer: type[torch.optim.Optimizer]) -> None:
     """Set the optimizer's name, in this spelling, in capitals and in small letters, as attributes of `torch.optim`.
 
     Raises:
         RuntimeError: a name is taken by somebody else; nothing is overwritten.
     """
-    names = {optimizer.__name__, optimizer.__name__.upper(), optimizer.__name__.lower()}
-    for name in sorted(names):
+    names = spellings(optimizer)
+    for name in names:
         present = getattr(torch.optim, name, optimizer)
         if (
             getattr(present, "__module__", None) != optimizer.__module__

@@ -29,6 +29,14 @@ def log_summary(
         return
     logger = user_logger()
     logger.info(summary(groups, name=name, rule=rule, fused=fused))
+    partitioned = any(shard.wrapper not in ("none", "DTensor") for _, found in groups for shard in found)
+    if partitioned and not {"exp_avg", "exp_avg_sq"} <= set(rule.moments):
+        logger.warning(
+            "%s: DeepSpeed's universal converter carries exp_avg and exp_avg_sq, and the state here is %s: checkpoints "
+            "will fit only the number of ranks that saves them",
+            name,
+            " and ".join(rule.moments),
+        )
     suspicion = adam_like([settings for settings, _ in groups]) if isinstance(rule, MeritRule) else None
     if suspicion is not None:
         logger.warning(suspicion)

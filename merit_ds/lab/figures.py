@@ -121,13 +121,15 @@ def whole_steps(axes: Any) -> None:
 
 
 def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
-    """Make a logarithmic axis show plain numbers: at `values` where there are at most `limit`, else at 1, 2 and 5, and
-    at more in between where the values span so little that these would be rare."""
+    """Make a logarithmic axis show plain numbers: at `values` where there are at most `limit`, else at 1, 2 and 5, at
+    1 alone where they span more than three decades, and at more in between where these would be rare."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     distinct = sorted(set(values))
     if len(distinct) <= limit:
         axis.set_major_locator(FixedLocator(distinct))
+    elif distinct[-1] > 1000 * distinct[0]:
+        axis.set_major_locator(LogLocator(subs=(1,)))
     elif distinct[-1] > 8 * distinct[0]:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:

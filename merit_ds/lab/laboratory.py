@@ -210,7 +210,8 @@ class Laboratory:
     def _finish(self, process: TrainerProcess) -> None:
         plan, folder = process.plan, process.folder
         end_attempt(folder, log=folder / LOG)
-        made = {"ranks": self.machine.ranks, "threads": self.machine.threads, "data": self._data}
+        machine = self.machine
+        made = {"ranks": machine.ranks, "threads": machine.threads, "jobs": machine.jobs, "data": self._data}
         result = write_result(self.study, plan, folder, succeeded=process.succeeded, made=made)
         if not self.study.keep_checkpoints and result["status"] != FAILED:
             remove_checkpoints(folder)

@@ -21,8 +21,7 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     section = Section("Time a step and FLOP/s", "cost")
     section.text.append(
         f"The median step of each run after its first {WARM_UP}, evaluation and saving not counted, then the median "
-        "over runs. FLOP/s are the model's own, without recomputation, for each rank. Runs that shared a machine slow "
-        "each other down: compare only what ran alike."
+        "over runs. FLOP/s are the model's own, without recomputation, for each rank."
     )
     groups: dict[tuple[str, int, str], dict[str, list[Run]]] = {}
     for run in runs:
@@ -31,6 +30,12 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
             groups.setdefault(key, {}).setdefault(run.optimizer, []).append(run)
     if not groups:
         return None
+    jobs = max((int(number(run.result.get("jobs")) or 1) for run in runs), default=1)
+    if jobs > 1:
+        section.warnings.append(
+            f"up to {jobs} of these runs went on at the same time on one machine: their times compare nothing. Run the "
+            "study with --jobs 1 for times."
+        )
     rows: list[list[Cell]] = []
     drawn = {}
     for (model, batch, device), group in sorted(groups.items()):

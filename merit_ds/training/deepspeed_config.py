@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from merit_ds import OPTIMIZERS
 from merit_ds.errors import InputError
-from merit_ds.optimizer import Merit
+from merit_ds.registration import spellings
 
 MONITORS = ("tensorboard", "csv_monitor")
 """DeepSpeed's monitors that write files."""
@@ -116,22 +117,26 @@ def _check_zero_stage(ds_config: dict[str, Any]) -> None:
 
 
 def _check_optimizer(ds_config: dict[str, Any]) -> None:
-    """DeepSpeed hands the JSON's options to Merit's constructor; a wrong one would fail after the model is built."""
+    """DeepSpeed hands the JSON's options to the constructor; a wrong one would fail after the model is built."""
     kind = section(ds_config, "optimizer").get("type")
     if not isinstance(kind, str):
         raise InputError('optimizer.type is missing: "Merit", "AdamW" or another that DeepSpeed knows')
-    if kind.lower() != "merit":
+    ours = {name: found for found in OPTIMIZERS for name in spellings(found)}
+    if kind not in ours:
+        near = difflib.get_close_matches(kind, ours, n=1, cutoff=0.8)
+        if near:
+            raise InputError(f"optimizer.type: there is no {kind!r}; did you mean {near[0]!r}?")
         return
-    options = section(ds_config, "optimizer", "params")
-    known = [name for name in inspect.signature(Merit).parameters if name != "params"]
+    optimizer, options = ours[kind], section(ds_config, "optimizer", "params")
+    known = [name for name in inspect.signature(optimizer).parameters if name != "params"]
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise InputError(f"optimizer.params: Merit has no option {name!r}; {hint}")
+            raise InputError(f"optimizer.params: {optimizer.__name__} has no option {name!r}; {hint}")
     if "lr" not in options:
-        raise InputError("optimizer.params.lr is missing; Merit has no default learning rate")
+        raise InputError(f"optimizer.params.lr is missing; {optimizer.__name__} has no default learning rate")
     try:
-        Merit([torch.zeros(1)], **options)
+        optimizer([torch.zeros(1)], **options)
     except ValueError as error:
         raise InputError(f"optimizer.params: {error}") from None
