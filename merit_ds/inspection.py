@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merit_ds.ops.eager import norms_of, pieces, view
-from merit_ds.ops.rule import Norms, Rule, trust_ratio
+from merit_ds.ops.rule import Norms, Rule
 from merit_ds.ops.table import Operands, tabulate
 from merit_ds.plan import Plan
 from merit_ds.shard import Shard
@@ -21,7 +21,7 @@ class Observed(NamedTuple):
     Attributes:
         owner: the model's parameter that the optimizer was constructed with.
         row, col: where in its logical matrix (of this tensor-parallel rank) the piece begins.
-        weight: float32 [r, c], before the step.
+        weight: float32 [r, c], before the step; a float32 weight's own memory, so that it is to be read at once.
         update: u, float32 [r, c]: what the ratio scales.
         ratio: s, float32, [r, c] or a scalar.
         whole: the whole weight's ratio, a scalar; None where it does not count.
@@ -46,6 +46,10 @@ def observe(
     rule: Rule, operands: Operands, shards: Sequence[Shard], plan: Plan, scalars: Tensor, maxima: Tensor
 ) -> Iterator[Observed]:
     """Every piece of a step whose norms are complete and whose weights are still the old ones."""
+
+    def whole(norms: Norms, hyper: NamedTuple) -> Tensor:
+        return rule.ratio(Norms(norms.whole, None, None), hyper)
+
     hypers = [rule.hyper(*row.unbind()) for row in scalars]
     owners = [{id(m): owner for m, owner in zip(shard.matrices, shard.owners, strict=True)} for shard in shards]
     for rectangle in (*plan.cut, *plan.split, *plan.alone):
@@ -61,11 +65,7 @@ def observe(
                 col=first_col + col,
                 weight=w,
                 update=rule.update(w, g.float(), moments, hyper),
-                ratio=torch.ones((), device=w.device) if norms is None else trust_ratio(norms),
-                whole=_whole_ratio(norms, counts=matrix.whole_bound or not matrix.has_axes),
+                ratio=torch.ones((), device=w.device) if norms is None else rule.ratio(norms, hyper),
+                whole=None if norms is None or (matrix.has_axes and not matrix.whole_bound) else whole(norms, hyper),
                 clip=getattr(hyper, "clip", torch.full((), inf, device=w.device)),
             )
-
-
-def _whole_ratio(norms: Norms | None, *, counts: bool) -> Tensor | None:
-    return trust_ratio(Norms(norms.whole, None, None)) if norms is not None and counts else None

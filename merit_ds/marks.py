@@ -11,19 +11,25 @@ import torch
 
 
 def mark_parameters(
-    model: torch.nn.Module, *, no_weight_decay: Sequence[str] = (), no_trust_ratio: Sequence[str] = ()
+    model: torch.nn.Module,
+    *,
+    no_weight_decay: Sequence[str] = (),
+    no_trust_ratio: Sequence[str] = (),
+    sign_update: Sequence[str] = (),
 ) -> None:
     """Exempt parameters from weight decay, or from the trust ratio (s = 1), by patterns of their names.
 
+    `sign_update` is for `MeritScion` alone: parameters that take the step of an embedding or an output layer.
+
     Args:
         model: whose `named_parameters` are meant.
-        no_weight_decay, no_trust_ratio: shell patterns, for instance "*.bias" or "embedding.*".
+        no_weight_decay, no_trust_ratio, sign_update: shell patterns, for instance "*.bias" or "embedding.*".
 
     Raises:
         ValueError: a pattern matches no parameter; nothing has been marked.
     """
     named = dict(model.named_parameters())
-    marks = {"no_weight_decay": no_weight_decay, "no_trust_ratio": no_trust_ratio}
+    marks = {"no_weight_decay": no_weight_decay, "no_trust_ratio": no_trust_ratio, "sign_update": sign_update}
     for mark, patterns in marks.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in named):

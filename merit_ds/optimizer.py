@@ -115,3 +115,19 @@ class MeritW(Merit):
             elementwise=False,
             fused=fused,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of `Merit`. Raises: ValueError: also for a group with `elementwise`, which would make it Merit."""
+        _refuse_elementwise(param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of `Merit`. Raises: ValueError: also for a state of Merit's with its element-wise ratios."""
+        for group in state_dict["param_groups"]:
+            _refuse_elementwise({"elementwise": True} | group)
+        super().load_state_dict(state_dict)
+
+
+def _refuse_elementwise(group: dict[str, Any]) -> None:
+    if group.get("elementwise", False):
+        raise ValueError("MeritW: a group has elementwise=True, which is Merit: use Merit for it")

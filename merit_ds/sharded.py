@@ -18,7 +18,7 @@ from merit_ds.registration import allow_under_zero
 from merit_ds.shard import Shard
 from merit_ds.step import Stepper
 from merit_ds.summary import log_summary
-from merit_ds.validation import check_parameters, check_saved_group, check_settings, check_state
+from merit_ds.validation import LATER_SETTINGS, check_parameters, check_saved_group, check_settings, check_state
 from merit_ds.work import Work
 
 
@@ -52,8 +52,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no
-            moment, without the host having to know, as in a CUDA graph; `step` counts all the same. Set it to what
-            `torch.amp` found, for instance.
+            moment, without the host having to know, as in a CUDA graph. `step` counts all the same, unless the rule's
+            scalars depend on it. Set it to what `torch.amp` found, for instance.
         inspect: None, or what the next step is to show its pieces to (see `merit_ds.inspection`), once for each call
             of `step` and device; set it on all ranks. It stays until it is set to None.
 
@@ -102,7 +102,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Change every weight that has a gradient.
 
-        Under ZeRO and fully_shard all ranks of the data-parallel group must call it: it holds one all-reduce MAX.
+        Under ZeRO and fully_shard all ranks of the data-parallel group must call it: it holds a collective.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -139,7 +139,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not work.agreed:
             work.agreed = True
             self._agreed.update(work.tensors)
-        self._count(grads, states)
+        # What was left out must not count where the scalars depend on the count; asking makes the host wait.
+        if not (self.rule.counts_steps and self.found_inf is not None and bool(self.found_inf)):
+            self._count(grads, states)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,6 +164,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
         origins = [self._origin(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for key in LATER_SETTINGS:
+                if key in self.defaults:
+                    group.setdefault(key, self.defaults[key])
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
         self._agreed.clear()
@@ -219,7 +225,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group, with what the rule says of norms where the group does not: which of them a layout must have."""
         unmeasured = {"no_trust_ratio": True} if self.rule.norm is None else {}
-        return {"elementwise": self.rule.elementwise} | unmeasured | group
+        return {"elementwise": self.rule.elementwise} | group | unmeasured
 
     def _work(self) -> Work | None:
         """What this call has to do; None for DeepSpeed's dry run.

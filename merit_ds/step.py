@@ -86,7 +86,9 @@ class Stepper:
         self.clear()
         if check_agreement:
             self._tell_problems()
-        data, tensor = self._exchanges(self.plan.data), self._exchanges(self.plan.tensor)
+        data, tensor = [], []
+        if check_agreement or kernel.rule.norm is not None:
+            data, tensor = self._exchanges(self.plan.data), self._exchanges(self.plan.tensor)
         run(kernel.accumulate, cut)
         _start(data)
         run(kernel.accumulate, split)
@@ -103,8 +105,9 @@ class Stepper:
         if tensor:
             _wait(tensor)
             self.carry_back()
-        if inspect is not None:
+        if inspect is not None and (noop is None or not bool(noop)):
             inspect(observe(kernel.rule, operands, self.shards, self.plan, self._scalars, self.maxima))
+        if inspect is not None:
             run(kernel.apply, self._alone)
         run(kernel.apply, cut)
         run(kernel.apply, split)
@@ -123,7 +126,7 @@ class Stepper:
         self._refuse_problems()
 
     def clear(self) -> None:
-        """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever is brought in."""
+        """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever finite numbers come in."""
         self.maxima.zero_()
         if self.plan.unbounded:
             weight, update = self.maxima.unbind(1)
@@ -138,7 +141,8 @@ class Stepper:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise UnsupportedError(
                     "Merit's settings have changed since its last step, and a CUDA graph would not follow them: take a "
-                    "step before the capture, and give lr as a tensor on the GPU"
+                    "step before the capture, and give lr as a tensor on the GPU (an optimizer with bias_correction "
+                    "cannot be captured: its settings change with every step)"
                 )
             if self._scalars.shape[0] != len(rows):
                 self._scalars = torch.empty(len(rows), len(fields), dtype=torch.float32, device=self.device)

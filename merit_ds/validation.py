@@ -71,6 +71,11 @@ def check_settings(group: dict[str, Any], *, name: str) -> None:
     Args:
         name: the optimizer's; each has some of the settings.
     """
+    for key in ("norm", "fused"):
+        if key in group:
+            raise ValueError(f"{name}: {key} is one for all groups: give it to the optimizer, not to a group")
+    if group.get("elementwise") is False and group.get("whole_bound") is False:
+        raise ValueError(f"{name}: elementwise and whole_bound are both False, and then no ratio is left")
     for kind in _KINDS:
         for key in kind.settings:
             if key not in group:
@@ -82,9 +87,13 @@ def check_settings(group: dict[str, Any], *, name: str) -> None:
                 raise ValueError(f"{name}: {key}={group[key]!r}, but it must be {kind.allowed}")
 
 
+LATER_SETTINGS = ("elementwise", "whole_bound")
+"""Settings that states saved by earlier versions lack: they were taken with the defaults."""
+
+
 def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
     """Raise ValueError where a saved group is not one of the optimizer's."""
-    missing = sorted(defaults.keys() - group.keys())
+    missing = sorted(defaults.keys() - group.keys() - set(LATER_SETTINGS))
     if missing:
         raise ValueError(f"this is not {name}'s optimizer state: its groups have no {missing[0]}")
     check_settings(group, name=name)
@@ -100,6 +109,10 @@ def check_parameters(group: dict[str, Any], *, name: str) -> None:
 
 def check_state(tensor: Tensor, state: dict[str, Any], *, moments: Sequence[str], name: str) -> None:
     """Raise ValueError where a saved state, with `moments`, does not belong to the tensor."""
+    tensors = {key for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    others = sorted(tensors - set(moments))
+    if others:
+        raise ValueError(f"this is not {name}'s optimizer state: it has {others[0]}, which {name} does not")
     for moment in moments:
         if moment not in state:
             raise ValueError(f"this is not {name}'s optimizer state: it has {sorted(state)} and no {moment}")

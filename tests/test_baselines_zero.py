@@ -34,6 +34,7 @@ class NonEmptyShapes(Shapes):
     def __init__(self):
         super().__init__()
         del self.empty
+        self.wide.sign_update = True
 
 
 def kind_of(name):
@@ -56,7 +57,9 @@ def engine_of(name, stage, dtype):
         config["bf16"] = {"enabled": True}
     model = NonEmptyShapes()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    # ZeRO steps the groups one by one; in the second, most ranks hold nothing.
+    groups = [{"params": parameters[:-1]}, {"params": parameters[-1:]}]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
     return engine, parameters
 
 
@@ -65,8 +68,9 @@ def whole_copies(parameters):
     copies = []
     for parameter in parameters:
         copy = torch.nn.Parameter(safe_get_full_fp32_param(parameter).clone().view(full_shape(parameter)))
-        if hasattr(parameter, "matrix_view"):
-            copy.matrix_view = parameter.matrix_view
+        for mark in ("matrix_view", "sign_update"):
+            if hasattr(parameter, mark):
+                setattr(copy, mark, getattr(parameter, mark))
         copies.append(copy)
     return copies
 

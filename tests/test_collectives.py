@@ -10,7 +10,7 @@ import torch.distributed as dist
 from oracle import GROUP
 from ranks import run_ranks
 
-from merit_ds.collectives import MaxExchange
+from merit_ds.collectives import MaxExchange, SumExchange
 from merit_ds.errors import UnsupportedError
 from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.ops import select_kernel
@@ -126,3 +126,20 @@ def test_a_rank_that_cannot_build_the_kernel_it_must_have_tells_the_others(tmp_p
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_thousands_of_random_layouts(world):
     run_ranks(world, _step_all, 2000)
+
+
+def _sums(rank):
+    """Parts whose sum depends on the order: rank 1's and 2's cancel before or after rank 0's is lost in them."""
+    parts = torch.tensor([[1.0], [2.0**60], [-(2.0**60)]], dtype=torch.float64)[rank].repeat(3, 2)
+    exchange = SumExchange(parts, group=dist.group.WORLD)
+    exchange.start()
+    exchange.wait()
+    exchange.wait()
+    return parts
+
+
+def test_sums_are_taken_in_the_order_of_the_ranks():
+    wanted = torch.full((3, 2), (1.0 + 2.0**60) - 2.0**60, dtype=torch.float64)
+    assert float(wanted[0, 0]) == 0.0  # and 1 in another order
+    for total in run_ranks(3, _sums):
+        assert torch.equal(total, wanted)

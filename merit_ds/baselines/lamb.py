@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.ops.rule import L2, MAX, Moments, Norm, Norms, Rule, trust_ratio
+from merit_ds.ops.rule import L2, MAX, Moments, Norm, Norms, Rule
 from merit_ds.ops.table import by_kind, host_lr
 from merit_ds.sharded import ShardedOptimizer
 
@@ -65,7 +65,7 @@ class LambRule(Rule):
     def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: LambScalars, norms: Norms | None) -> Tensor:
         update = self.update(weight, grad, moments, hyper)
         if norms is not None:
-            update.mul_(trust_ratio(norms))
+            update.mul_(self.ratio(norms, hyper))
         return weight - update.mul_(hyper.lr)
 
     def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: LambScalars) -> Tensor:

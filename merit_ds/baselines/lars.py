@@ -47,11 +47,14 @@ class LarsRule(Rule):
         (m,) = moments
         change = self.update(weight, grad, moments, hyper)
         if norms is not None:
-            of_weight, of_grad = norms.whole
-            local = hyper.trust_coefficient * of_weight / (of_grad + hyper.weight_decay * of_weight + hyper.eps)
-            change.mul_(torch.where((norms.whole == 0).any(), 1.0, local).float())
+            change.mul_(self.ratio(norms, hyper))
         m.mul_(hyper.momentum).add_(change.mul_(hyper.lr))
         return weight - m
+
+    def ratio(self, norms: Norms, hyper: LarsScalars) -> Tensor:
+        of_weight, of_grad = norms.whole
+        local = hyper.trust_coefficient * of_weight / (of_grad + hyper.weight_decay * of_weight + hyper.eps)
+        return torch.where((norms.whole == 0).any(), 1.0, local).float()
 
     def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: LarsScalars) -> Tensor:
         decay: Tensor = weight * hyper.weight_decay

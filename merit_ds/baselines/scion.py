@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
 from merit_ds.layout import Fragment, Matrix
 from merit_ds.ops.rule import Moments, Norms, Rule
-from merit_ds.ops.table import Operands, by_kind, host_lr
+from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard
 from merit_ds.sharded import ShardedOptimizer
 from merit_ds.step import Stepper
@@ -37,44 +37,30 @@ def orthogonalized(matrix: Tensor, *, steps: int = 5) -> Tensor:
 def minimiser(momentum: Tensor, *, kind: str) -> Tensor:
     """What a step subtracts, [r, c], for a ball of radius 1: steepest ascent in a kind's norm.
 
-    "spectral": sqrt(r / c) U V^T, the RMS-to-RMS operator norm. "sign": sign / c, the norm from RMS to the largest
-    output, for embedding and output. "rms": divided by its root mean square, for vectors.
+    "spectral": sqrt(r / c) U V^T, the RMS-to-RMS operator norm. "rms": divided by its root mean square, for vectors.
+    The third kind, "sign", is sign / c, the norm from RMS to the largest output, and needs no whole matrix.
     """
+    if kind == "rms":
+        return momentum / (momentum.square().mean().sqrt() + 1e-7)
     rows, cols = momentum.shape
-    if kind == "spectral":
-        scale: float = (rows / cols) ** 0.5
-        return orthogonalized(momentum) * scale
-    if kind == "sign":
-        return momentum.sign() / cols
-    return momentum / (momentum.square().mean().sqrt() + 1e-7)
-
-
-class ScionScalars(NamedTuple):
-    """A group's settings; only what a step of Scion's own needs."""
-
-    alpha: Any
-    radius: Any
-    sign_radius: Any
-    constrained: Any
-    weight_decay: Any
-    lr: Any
+    scale: float = (rows / cols) ** 0.5
+    return orthogonalized(momentum) * scale
 
 
 @dataclass(frozen=True)
 class ScionRule(Rule):
     """m = (1 - alpha) * m + alpha * g;  w = (1 - lr) * w - lr * radius * minimiser(m)
 
-    The minimiser needs whole matrices, which no pass over pieces has, so `ScionStepper` takes the step.
+    The minimiser needs whole matrices, which no pass over pieces has, so `ScionStepper` takes the step by itself.
     """
 
-    hyper = ScionScalars
+    hyper = None
     moments = ("exp_avg",)
 
-    def scalars(self, settings: dict[str, Any]) -> list[ScionScalars]:
-        values = {name: settings.get(name, 0.0) for name in ScionScalars._fields} | {"lr": host_lr(settings)}
-        return by_kind(ScionScalars(**values), settings | {"decay_vectors": True})
+    def scalars(self, settings: dict[str, Any]) -> list[Any]:
+        return []
 
-    def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: ScionScalars, norms: Norms | None) -> Tensor:
+    def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Any, norms: Norms | None) -> Tensor:
         raise UnsupportedError("MeritScion steps whole matrices only")
 
 
@@ -95,10 +81,8 @@ class ScionStepper(Stepper):
         """As of `Stepper`; there are no ratios to inspect.
 
         Raises:
-            UnsupportedError: a matrix is split over tensor-parallel ranks, or it should be inspected.
+            UnsupportedError: a matrix is split over tensor-parallel ranks.
         """
-        if inspect is not None:
-            raise UnsupportedError("MeritScion has no trust ratios to inspect: leave optimizer.inspect at None")
         if check_agreement:
             self.agree()
         if any(matrix.split is not None for shard in self.shards for matrix in shard.matrices):
@@ -132,42 +116,43 @@ def _step_matrix(
     shared: bool,
 ) -> None:
     """Step this rank's piece of a matrix; where others hold pieces too, all join to put it together."""
-    own = list(_fragments(shard, matrix))
-    if not own and not shared:
-        return
-    whole = torch.zeros(matrix.numel, dtype=torch.float32, device=weight.device)
-    for fragment, piece, first in _runs(own):
-        whole[first : first + piece] = momentum[fragment : fragment + piece]
-    if shared:
-        assert shard.group is not None
-        add_disjoint(whole, group=shard.group)
-    if not own:
-        return
+    runs = list(_runs(shard, matrix))
     kind = _kind(matrix, owner, group)
-    radius = group["sign_radius"] if kind == "sign" else group["radius"]
+    if kind == "sign":  # element by element: nobody needs another's part
+        changes = [momentum[offset : offset + size].sign() / matrix.cols for offset, size, _ in runs]
+    elif runs or shared:
+        whole = torch.zeros(matrix.numel, dtype=torch.float32, device=weight.device)
+        for offset, size, first in runs:
+            whole[first : first + size] = momentum[offset : offset + size]
+        if shared:
+            assert shard.group is not None
+            add_disjoint(whole, group=shard.group)
+        if runs:
+            whole = minimiser(whole.view(matrix.rows, matrix.cols), kind=kind).reshape(-1)
+        changes = [whole[first : first + size] for _, size, first in runs]
     lr = float(group["lr"])
-    change = minimiser(whole.view(matrix.rows, matrix.cols), kind=kind).reshape(-1).mul_(lr * radius)
+    radius = group["sign_radius"] if kind == "sign" else group["radius"]
     kept = 1.0 - lr if group["constrained"] else 1.0
-    for offset, size, first in _runs(own):
+    for (offset, size, _), change in zip(runs, changes if runs else [], strict=True):
         place = weight[offset : offset + size]
-        place.copy_((place.float() * kept).sub_(change[first : first + size]))
+        place.copy_((place.float() * kept).sub_(change * (lr * radius)))
 
 
 def _kind(matrix: Matrix, owner: Tensor, group: dict[str, Any]) -> str:
     if matrix.is_vector:
         return "rms"
-    marked = getattr(owner, "sign_update", group.get("sign_update", False))
     # Megatron-core says of its embedding and output weights what they are.
-    return "sign" if marked or getattr(owner, "is_embedding_or_output_parameter", False) else "spectral"
+    usual = getattr(owner, "is_embedding_or_output_parameter", False)
+    return "sign" if getattr(owner, "sign_update", group.get("sign_update", usual)) else "spectral"
 
 
 def _fragments(shard: Shard, matrix: Matrix) -> Iterator[Fragment]:
     return (f for f in (*shard.layout.cut, *shard.layout.whole) if f.matrix is matrix)
 
 
-def _runs(fragments: Sequence[Fragment]) -> Iterator[tuple[int, int, int]]:
-    """(offset in the rank's tensor, elements, first element in the matrix) of each run."""
-    for fragment in fragments:
+def _runs(shard: Shard, matrix: Matrix) -> Iterator[tuple[int, int, int]]:
+    """(offset in the rank's tensor, elements, first element in the matrix) of each run of a matrix's elements."""
+    for fragment in _fragments(shard, matrix):
         first = fragment.first
         for piece in fragment.rectangles():
             size = piece.rows * piece.cols
@@ -186,10 +171,14 @@ def _cut_somewhere(shard: Shard, device: torch.device) -> list[bool]:
 class MeritScion(ShardedOptimizer):
     """Scion (arXiv 2502.07529): for matrices the spectral norm, for embedding and output the sign, for vectors the RMS.
 
-    Embedding and output weights are those that Megatron-core marks by `is_embedding_or_output_parameter`, or that have
-    a `sign_update` set to True, as an attribute or in their group. Under ZeRO-1, 2, 3 and fully_shard each rank that
-    holds a piece of a matrix gets the whole momentum of it, one matrix at a time, and orthogonalises it for itself, so
-    that the result is that of the unsharded step. Tensor parallelism is refused.
+    Embedding and output weights are those that Megatron-core marks by `is_embedding_or_output_parameter`; the attribute
+    or group key `sign_update` (`mark_parameters(model, sign_update=[...])`) says so of others, or takes it back. A
+    model in which nothing is marked has all its matrices orthogonalised. The sign is divided by the number of columns,
+    the authors' choice for an embedding that is tied to the output.
+
+    Under ZeRO-1, 2, 3 and fully_shard each rank that holds a piece of a matrix gets the whole momentum of it, one
+    matrix at a time, and orthogonalises it for itself, so that the result is that of the unsharded step. Tensor
+    parallelism is refused.
 
     Args:
         params: as of `merit_ds.Merit`.
@@ -223,3 +212,7 @@ class MeritScion(ShardedOptimizer):
             "constrained": constrained,
         }
         super().__init__(params, defaults, rule=ScionRule())
+
+    def _check_ready(self) -> None:
+        if self.inspect is not None:
+            raise UnsupportedError("MeritScion has no trust ratios to inspect: leave optimizer.inspect at None")

@@ -49,11 +49,14 @@ class SophiaRule(Rule):
         )
         return by_kind(scalars, settings)
 
+    def accumulate(
+        self, weight: Tensor, grad: Tensor, moments: Moments, hyper: SophiaScalars, *, measured: bool
+    ) -> None:
+        moments[0].mul_(hyper.beta1).add_(grad * hyper.one_minus_beta1)
+
     def apply(
         self, weight: Tensor, grad: Tensor, moments: Moments, hyper: SophiaScalars, norms: Norms | None
     ) -> Tensor:
-        m, _ = moments
-        m.mul_(hyper.beta1).add_(grad * hyper.one_minus_beta1)
         return weight - self.update(weight, grad, moments, hyper).mul_(hyper.lr)
 
     def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: SophiaScalars) -> Tensor:
@@ -143,7 +146,10 @@ class MeritSophiaG(ShardedOptimizer):
         self._estimated = True
 
     def _check_ready(self) -> None:
-        if not self._estimated and all(group["step"] == 0 for group in self.param_groups):
+        # A step of zero gradients, by which torch makes an optimizer create its state, changes nothing without one.
+        grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        begins = not self._estimated and all(group["step"] == 0 for group in self.param_groups)
+        if begins and any(grad is not None and bool(local_part(grad).any()) for grad in grads):
             raise UnsupportedError(
                 "MeritSophiaG has no estimate of the Hessian yet: call update_hessian before the first step and every "
                 "hessian_interval steps, as pretrain_gpt.py does"

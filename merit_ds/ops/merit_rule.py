@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merit_ds.ops.rule import MAX, Moments, Norm, Norms, Rule, trust_ratio
+from merit_ds.ops.rule import MAX, Moments, Norm, Norms, Rule
 from merit_ds.ops.table import Scalars, scalars_of
 
 
@@ -40,7 +40,7 @@ class MeritRule(Rule):
     def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Scalars, norms: Norms | None) -> Tensor:
         update = self.update(weight, grad, moments, hyper)  # again, instead of keeping it
         if norms is not None:
-            update.mul_(trust_ratio(norms))
+            update.mul_(self.ratio(norms, hyper))
         torch.minimum(update, hyper.clip, out=update)  # clamp_ by tensors is eight times slower on a CPU
         torch.maximum(update, -hyper.clip, out=update)
         return weight - update.mul_(hyper.lr)

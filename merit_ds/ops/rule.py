@@ -157,6 +157,10 @@ class Rule(ABC):
             norms: None where no trust ratio applies (`no_trust_ratio`, or a rule without one).
         """
 
+    def ratio(self, norms: Norms, hyper: Any) -> Tensor:
+        """What scales the update: float32, [rows, cols], or a scalar where the whole weight's norms count alone."""
+        return trust_ratio(norms)
+
     def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Any) -> Tensor:
         """Between the passes: u, what ratio, clip and learning rate will be applied to. For inspection."""
         raise NotImplementedError

@@ -109,6 +109,8 @@ class Telemetry:
             row = {"iteration": step} | {
                 name: _rounded(values[name]) for name in VALUES if name in values and name in self._wanted
             }
+            if {"clipped_share", "whole_share"} & row.keys():
+                row["elements"] = values["elements"]
             if self._record is not None:
                 self._record(row)
             if self._engine.monitor.enabled:
@@ -122,7 +124,7 @@ def events(row: Row, *, samples: int) -> list[tuple[str, float, int]]:
     """
     found: list[tuple[str, float, int]] = []
     for value, content in row.items():
-        if value == "iteration":
+        if value in ("iteration", "elements"):
             continue
         named = {"": content}
         if isinstance(content, list):

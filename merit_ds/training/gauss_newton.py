@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from merit_ds.errors import InputError
 from merit_ds.log import user_logger
+from merit_ds.training.agreement import agree
 from merit_ds.training.dataset import Sequences, micro_batches
 from merit_ds.training.deepspeed_config import model_dtype
 from merit_ds.training.parallel import gather_vocabulary
@@ -73,6 +74,11 @@ class GaussNewton:
             seed=plan.config.run.seed,
             device=plan.device,
         )
+        spoilt = any(not gradient.isfinite().all() for gradient in gradients)
+        if agree([int(spoilt)], device=plan.device)[0]:
+            # The moving average would never forget it, and DeepSpeed's overflow check does not see this path.
+            user_logger().warning("step %d: the Hessian's estimate is not finite and is left out", step)
+            return
         self._optimizer.update_hessian(gradients, examples=tokens)
 
 

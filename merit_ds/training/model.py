@@ -99,6 +99,8 @@ def build_model(
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
             parameter.requires_grad_(False)
+        if "position_embeddings" in name:
+            parameter.sign_update = True  # an embedding to MeritScion; Megatron-core marks that of the words alone
     sum_partial_gradients(gpt)
     return gpt.to(device=device, dtype=dtype)
 
