@@ -51,9 +51,8 @@ class UpdateTotals:
             ratio = piece.ratio.expand_as(piece.update)
             reached = ((ratio * piece.update).abs_() >= piece.clip).sum()
             whole: tuple[Tensor | int, ...] = (0, 0)
-            if (
-                piece.whole is not None and piece.ratio.dim()
-            ):  # a scalar is the whole weight's, with no others beside it
+            # A ratio that is a scalar is the whole weight's, with no others beside it.
+            if piece.whole is not None and piece.ratio.dim():
                 whole = elements, torch.eq(ratio, piece.whole).sum()
             clipped = elements * (piece.clip < torch.inf), reached
             self._sums[index] += self._stack(elements, ratio.sum(dtype=torch.float64), *clipped, *whole)
