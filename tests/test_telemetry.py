@@ -76,7 +76,7 @@ def test_what_several_ranks_find_is_what_one_finds(folder, name):
     """In the first step but for the order of sums; later the weights have drifted apart by that."""
     for found, expected in zip(rows(folder / name), rows(folder / "alone"), strict=True):
         assert found["iteration"] == expected["iteration"]
-        assert set(found) == {"iteration", *VALUES}
+        assert set(found) == {"iteration", "elements", *VALUES} and found["elements"] == expected["elements"]
         tolerance = 1e-5 if found["iteration"] == 1 else 1e-2
         assert flat(found) == pytest.approx(flat(expected), rel=tolerance, abs=tolerance / 10)
 
