@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from merit_ds.errors import InputError
-from merit_ds.lab.laboratory import State
+from merit_ds.lab.laboratory import State, describe_doubts
 from merit_ds.lab.points import Cell, expand
 from merit_ds.lab.progress import remaining_seconds, summary
 from merit_ds.lab.recipe import check_plan, plan_run, write_plan
-from merit_ds.lab.result import judge
+from merit_ds.lab.result import judge, losses_of
 from merit_ds.lab.study import load_study
 from merit_ds.lab.trainer_process import Machine
 
@@ -112,6 +112,51 @@ def test_an_edge_is_seen_and_a_diverged_run_is_an_infinite_loss(load, losses, be
     expansion = expand(load(), found)
     assert (expansion.tunings[MERIT].best, expansion.tunings[MERIT].edge) == (best, edge)
     assert (MERIT in expansion.hopeless) == (best is None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "edge", "added"),
+    [
+        ((math.nan, 2.0, 3.0), 0.02, "low", "0.005"),  # 0.02 is the lowest of those that say anything
+        ((3.0, 2.0, math.nan), 0.02, "high", "0.08"),
+        ((math.nan, 2.0, math.nan), 0.02, "low", "0.005"),
+        ((math.nan, math.inf, math.inf), None, None, "0.005"),
+        ((math.inf, math.inf, math.inf), None, None, "0.005"),
+        ((math.nan, math.nan, math.nan), None, None, None),
+        ((3.0, math.nan, 2.0), 0.04, "high", "0.08"),
+    ],
+)
+def test_a_failed_run_says_nothing_of_its_rate_and_rates_that_all_diverged_were_too_high(
+    load, losses, best, edge, added
+):
+    study = load({"batch: [8, 48], lr: {": "batch: [8, 48], extend: 1, lr: {"})
+    found = {f"MERIT-b8-lr{lr}-s1": loss for lr, loss in zip((0.01, 0.02, 0.04), losses, strict=True)}
+    listed = ids(expand(study, {}))
+    new = [id_ for id_ in ids(expand(study, found)) if id_ not in listed and id_.startswith("MERIT-b8")]
+    assert new == ([] if added is None else [f"MERIT-b8-lr{added}-s1"])
+    expansion = expand(load(), found)
+    tuning = expansion.tunings[MERIT]
+    assert (tuning.best, tuning.edge) == (best, edge) and (MERIT in expansion.hopeless) == (best is None)
+    assert list(tuning.failed) == [id_ for id_, loss in found.items() if math.isnan(loss)]
+    doubts = describe_doubts(tuning)
+    assert any("left out" in doubt and "--retry-failed" in doubt for doubt in doubts) == bool(tuning.failed)
+    left = ", ".join(f"{lr:g}" for lr, loss in zip((0.01, 0.02, 0.04), losses, strict=True) if not math.isnan(loss))
+    assert edge is None or f"{best:g} is the {edge}est of {left};" in doubts[-1]
+
+
+def test_a_rate_whose_one_seed_failed_is_judged_by_the_seeds_that_all_rates_have(load):
+    """As the report does it, so both name the same rate."""
+    study = load({"batch: [8, 48], lr: {": "batch: [8, 48], seed: [1, 2], lr: {"})
+    losses = {0.01: (2.0, 2.0), 0.02: (1.5, math.nan), 0.04: (1.6, 1.0)}
+    found = {f"MERIT-b8-lr{lr}-s{seed}": pair[seed - 1] for lr, pair in losses.items() for seed in (1, 2)}
+    tuning = expand(study, found).tunings[MERIT]
+    assert tuning.losses == {0.01: 2.0, 0.02: 1.5, 0.04: 1.3} and (tuning.best, tuning.edge) == (0.02, None)
+
+
+def test_one_status_is_one_kind_of_loss():
+    rows = {"a": ("done", 2.0), "b": ("diverged", None), "c": ("failed", None), "d": ("failed", 3.0)}
+    losses = losses_of({id_: {"status": status, "final_valid_loss": loss} for id_, (status, loss) in rows.items()})
+    assert losses == pytest.approx({"a": 2.0, "b": math.inf, "c": math.nan, "d": math.nan}, nan_ok=True)
 
 
 def test_one_rate_has_no_edge_and_seeds_are_averaged(load):
@@ -309,4 +354,7 @@ def test_every_study_of_the_project_expands_to_runs_that_add_up(path):
 
 
 def test_there_are_studies():
-    assert len(STUDIES) >= 2
+    names = {str(path.relative_to(REPOSITORY / "configs" / "studies")) for path in STUDIES}
+    full = {"gpt2.yaml", "llama.yaml", "batch_scaling.yaml", "ablations.yaml", "hessian.yaml"}
+    small = {"gpt2.yaml", "llama.yaml", "confirmation.yaml", "qk_norm.yaml", "hessian.yaml"}
+    assert names == full | {f"small/{name}" for name in small}

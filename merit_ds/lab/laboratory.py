@@ -11,6 +11,7 @@ All of its state is in the study's folder, so it may be killed at any moment, st
 """
 
 import fnmatch
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merit_ds.lab.attempts import end_attempt, try_lock
-from merit_ds.lab.points import Expansion, Point, expand
+from merit_ds.lab.points import Expansion, Point, Tuning, expand
 from merit_ds.lab.recipe import RunPlan, check_plan, plan_run, write_plan
 from merit_ds.lab.result import (
     FAILED,
@@ -151,10 +152,10 @@ class Laboratory:
         plans = [self.plan(point) for point in chosen]
         state.todo = [p for p in plans if p.point.id not in state.results.keys() | busy | self._given_up]
         for tuning in state.expansion.tunings.values():
-            text = describe_edge(tuning)
-            if text and text not in self._told:
-                self._told.add(text)
-                self._tell(text)
+            for text in describe_doubts(tuning):
+                if text not in self._told:
+                    self._told.add(text)
+                    self._tell(text)
 
     def _publish(self) -> None:
         self._refresh()
@@ -245,15 +246,21 @@ class Laboratory:
             process.stop()
 
 
-def describe_edge(tuning: Any) -> str | None:
-    """A warning where the best learning rate of a list is its first or last."""
-    if tuning.edge is None:
-        return None
-    rates = ", ".join(f"{rate:g}" for rate in tuning.losses)
-    return (
-        f"WARNING   {tuning.cell}: the best learning rate {tuning.best:g} is the {tuning.edge}est of {rates}; "
-        "a better one may lie outside: widen the grid"
-    )
+def describe_doubts(tuning: Tuning) -> list[str]:
+    """Warnings where runs of a list failed, or its best learning rate is the first or last of those left."""
+    lines = []
+    if tuning.failed:
+        lines.append(
+            f"WARNING   {tuning.cell}: failed and left out of the choice of a learning rate: "
+            f"{', '.join(tuning.failed)}; --retry-failed does them again"
+        )
+    if tuning.edge is not None:
+        rates = ", ".join(f"{rate:g}" for rate, loss in tuning.losses.items() if loss is None or not math.isnan(loss))
+        lines.append(
+            f"WARNING   {tuning.cell}: the best learning rate {tuning.best:g} is the {tuning.edge}est of {rates}; "
+            "a better one may lie outside: widen the grid"
+        )
+    return lines
 
 
 def remove_checkpoints(folder: Path) -> None:

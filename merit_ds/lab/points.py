@@ -2,9 +2,10 @@
 """From a study and the losses so far to the runs that are known now: pure functions.
 
 A grid with `lr: best` waits for the grids that list learning rates: it takes the rate with the lowest final validation
-loss (the mean over their seeds) of the same optimizer, batch, model and budget. A run that diverged or failed counts
-as an infinite loss. A best rate at the end of its list proves little, so that is recorded, and with `extend` the list
-grows until the best is inside.
+loss (the mean over their seeds) of the same optimizer, batch, model and budget, chosen as the report chooses it. A run
+that diverged counts as an infinite loss; one that failed tells nothing of its rate and takes no part. A best rate at
+the end of those that are left proves little, so that is recorded, and with `extend` the list grows until the best is
+inside; downwards where every rate diverged.
 """
 
 import math
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from merit_ds.errors import InputError
+from merit_ds.lab.report_statistics import Outcome, best_lr
 from merit_ds.lab.study import BEST, Grid, Study, slug
 
 
@@ -46,11 +48,12 @@ class Tuning:
     """What is known of a cell's learning rates.
 
     Attributes:
-        losses: rate -> final validation loss, mean over the seeds, infinite where one diverged or failed; None
-            where a run is not finished. Ascending rates.
+        losses: rate -> final validation loss, mean over the seeds that did not fail, infinite where one diverged,
+            NaN where all failed; None where a run is not finished. Ascending rates.
         best: the rate with the lowest loss, once all are finished and one is finite.
-        edge: "low" or "high" where the best is the first or last of several rates.
+        edge: "low" or "high" where the best is the first or last of several rates, failed ones left out.
         added: rates that `extend` has added.
+        failed: ids of the runs that failed.
     """
 
     cell: Cell
@@ -58,11 +61,17 @@ class Tuning:
     best: float | None
     edge: str | None
     added: int
+    failed: tuple[str, ...]
 
     @property
     def finished(self) -> bool:
         """Whether every rate has its loss."""
         return None not in self.losses.values()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether every run that did not fail diverged: then the best rate, if there is one, lies below."""
+        return self.finished and self.best is None and math.inf in self.losses.values()
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
     """The study's runs, given the finished ones.
 
     Args:
-        losses: id -> final validation loss of each finished run; infinity where it diverged or failed.
+        losses: id -> final validation loss of each finished run; infinity where it diverged, NaN where it failed.
 
     Raises:
         InputError: a grid asks for the best of rates that no grid lists.
@@ -162,34 +171,44 @@ def _id(study: Study, cell: Cell, rate: float, seed: int) -> str:
 
 
 def _tune(study: Study, listed: list[Point], losses: Mapping[str, float], *, extend: int) -> Tuning:
-    """Compare the rates in `listed`, to which rates are added, at most `extend`, while the best is at an edge."""
+    """Compare the rates in `listed`, to which rates are added, at most `extend`, while the best is at an edge.
+
+    A list's step goes on from its end; from a single rate it is 2.
+    """
     cell, grid, added = listed[0].cell, listed[0].grid, 0
     while True:
         tuning = _compare(cell, listed, losses, added=added)
-        if tuning.edge is None or added == extend:
+        edge = "low" if tuning.diverged else tuning.edge
+        if edge is None or added == extend:
             return tuning
-        rates = list(tuning.losses)
-        low = tuning.edge == "low"
-        near, next_to_it = (rates[0], rates[1]) if low else (rates[-1], rates[-2])
-        rate = float(f"{near * near / next_to_it:.6g}")
+        rates = list(tuning.losses) if edge == "low" else list(tuning.losses)[::-1]
+        rate = float(f"{rates[0] * rates[0] / (rates[1] if len(rates) > 1 else 2 * rates[0]):.6g}")
         seeds = dict.fromkeys(point.seed for point in listed)
         listed += [Point(cell, rate, seed, _id(study, cell, rate, seed), grid) for seed in seeds]
         added += 1
 
 
 def _compare(cell: Cell, listed: list[Point], losses: Mapping[str, float], *, added: int) -> Tuning:
-    by_rate: dict[float, list[float | None]] = {}
-    for point in sorted({point.id: point for point in listed}.values(), key=lambda point: point.lr):
-        by_rate.setdefault(point.lr, []).append(losses.get(point.id))
-    means: dict[float, float | None] = {}
-    for rate, found in by_rate.items():
-        numbers = [loss for loss in found if loss is not None]
-        means[rate] = sum(numbers) / len(numbers) if len(numbers) == len(found) else None
-    finite = {rate: loss for rate, loss in means.items() if loss is not None and math.isfinite(loss)}
-    finished = None not in means.values()
-    best = min(finite, key=lambda rate: finite[rate]) if finite and finished else None
-    rates = list(means)
-    edge = None
-    if best is not None and len(rates) > 1:
-        edge = "low" if best == rates[0] else "high" if best == rates[-1] else None
-    return Tuning(cell, means, best, edge, added)
+    points = sorted({point.id: point for point in listed}.values(), key=lambda point: point.lr)
+    found: dict[float, list[float | None]] = {}
+    for point in points:
+        found.setdefault(point.lr, []).append(losses.get(point.id))
+    means = {rate: _mean(of_seeds) for rate, of_seeds in found.items()}
+    failed = tuple(point.id for point in points if math.isnan(losses.get(point.id, 0.0)))
+    if None in means.values():
+        return Tuning(cell, means, None, None, added, failed)
+    outcomes = [Outcome(point.lr, point.seed, losses[point.id]) for point in points if point.id not in failed]
+    best = best_lr(outcomes)
+    if best is None or len(means) == 1:
+        return Tuning(cell, means, best and best.lr, None, added, failed)
+    edge = {None: None, "lowest": "low", "only": "low", "highest": "high"}[best.edge]
+    return Tuning(cell, means, best.lr, edge, added, failed)
+
+
+def _mean(losses: list[float | None]) -> float | None:
+    """Over the seeds that did not fail; NaN where all did, None where one is not finished."""
+    known = [loss for loss in losses if loss is not None]
+    left = [loss for loss in known if not math.isnan(loss)]
+    if len(known) < len(losses):
+        return None
+    return sum(left) / len(left) if left else math.nan

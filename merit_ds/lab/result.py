@@ -123,8 +123,9 @@ def read_results(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def losses_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """id -> final validation loss; infinity where the run diverged or failed."""
-    return {id_: row["final_valid_loss"] if row["status"] == DONE else math.inf for id_, row in results.items()}
+    """id -> final validation loss; infinity where the run diverged, NaN where it failed."""
+    other = {DIVERGED: math.inf, FAILED: math.nan}
+    return {id_: other.get(row["status"], row["final_valid_loss"]) for id_, row in results.items()}
 
 
 def write_results(output: Path) -> None:
@@ -135,13 +136,17 @@ def write_results(output: Path) -> None:
 
 
 def write_tunings(output: Path, tunings: dict[Cell, Any]) -> None:
-    """Write `tuning.json`: every list of learning rates with its losses, the best, and whether that lies at an edge."""
+    """Write `tuning.json`: every list of learning rates with its losses, the best, and whether that lies at an edge.
+
+    A loss is null where a run is not finished, "inf" where one diverged, "nan" where all failed.
+    """
     rows = [
         asdict(cell)
-        | {"best": tuning.best, "edge": tuning.edge, "added": tuning.added}
+        | {"best": tuning.best, "edge": tuning.edge, "added": tuning.added, "failed": tuning.failed}
         | {
             "losses": {
-                f"{lr:g}": loss if loss is None or math.isfinite(loss) else "inf" for lr, loss in tuning.losses.items()
+                f"{lr:g}": loss if loss is None or math.isfinite(loss) else str(loss)
+                for lr, loss in tuning.losses.items()
             }
         }
         for cell, tuning in tunings.items()

@@ -2,12 +2,11 @@
 """What `python -m merit_ds.lab status DIR` prints: a study's folder as it is, while it is worked on or not."""
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 
 from merit_ds.lab.attempts import is_locked
-from merit_ds.lab.laboratory import describe_edge
+from merit_ds.lab.laboratory import describe_doubts
 from merit_ds.lab.points import Point, Tuning, expand
 from merit_ds.lab.recipe import DEEPSPEED
 from merit_ds.lab.result import FAILED, last_iteration, losses_of, read_results
@@ -39,8 +38,7 @@ def describe(output: Path) -> list[str]:
             lines.append(f"  failed   {point.id}: {results[point.id]['reason']}")
     for tuning in expansion.tunings.values():
         lines.append(_describe_tuning(tuning))
-        if edge := describe_edge(tuning):
-            lines.append(edge)
+        lines += describe_doubts(tuning)
     return lines
 
 
@@ -61,7 +59,7 @@ def _steps(output: Path, point: Point) -> str:
 
 def _describe_tuning(tuning: Tuning) -> str:
     def show(rate: float, loss: float | None) -> str:
-        text = "?" if loss is None else "diverged or failed" if math.isinf(loss) else f"{loss:.4f}"
+        text = "?" if loss is None else f"{loss:.4f}".replace("inf", "diverged").replace("nan", "failed")
         return f"{rate:g}: {text}" + (" (best)" if rate == tuning.best else "")
 
     return f"{tuning.cell}: " + ", ".join(show(rate, loss) for rate, loss in tuning.losses.items())
