@@ -3,18 +3,21 @@
 
 import json
 import math
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from merit_ds.errors import InputError
+from merit_ds.lab.attempts import try_lock
 from merit_ds.lab.laboratory import State, describe_doubts
 from merit_ds.lab.points import Cell, expand
 from merit_ds.lab.progress import remaining_seconds, summary
 from merit_ds.lab.recipe import check_plan, plan_run, write_plan
 from merit_ds.lab.result import judge, losses_of
 from merit_ds.lab.study import load_study
-from merit_ds.lab.trainer_process import Machine
+from merit_ds.lab.trainer_process import Machine, TrainerProcess, signal_of
 
 REPOSITORY = Path(__file__).parent.parent
 STUDIES = sorted((REPOSITORY / "configs" / "studies").rglob("*.yaml"))
@@ -333,6 +336,41 @@ def test_how_a_run_ended_is_told_from_its_files(tmp_path, log, rows, succeeded, 
     found = judge(tmp_path, steps=10, succeeded=succeeded)
     assert found[0] == status and (found[1] is None if reason is None else reason in found[1])
     assert "/home" not in str(found[1])
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (-9, "SIGKILL"),
+        (137, "SIGKILL"),
+        (247, "SIGKILL"),  # DeepSpeed's launcher, of a rank that was killed
+        (245, "SIGSEGV"),
+        (-6, "SIGABRT"),
+        (143, "SIGTERM"),
+        (0, None),
+        (1, None),
+        (255, None),
+    ],
+)
+def test_an_exit_code_names_its_signal(code, name):
+    assert signal_of(code) == name
+
+
+@pytest.mark.parametrize(("number", "fault"), [(signal.SIGSEGV, True), (signal.SIGABRT, True), (signal.SIGKILL, False)])
+def test_a_trainer_that_crashes_has_failed_and_one_that_is_killed_goes_on(load, tmp_path, number, fault):
+    """A real process in the trainer's place, which ends itself by the signal."""
+    (tmp_path / "trainer.py").write_text(f"import os; print('hm', flush=True); os.kill(os.getpid(), {int(number)})")
+    machine = Machine(tmp_path / "trainer.py", jobs=1, ranks=1, threads=1, gpus=())
+    plan = plan_run(load(), expand(load(), {}).points[0], folder=tmp_path, ranks=1, vocab=False)
+    lock = try_lock(tmp_path / "run")
+    assert lock is not None
+    process = TrainerProcess(plan, tmp_path / "run", lock=lock, slot=0, machine=machine)
+    while not process.ended():
+        time.sleep(0.01)
+    process.release()
+    assert (process.crashed, process.killed) == ((number.name, None) if fault else (None, number.name))
+    found = judge(tmp_path / "run", steps=10, succeeded=process.succeeded, crashed=process.crashed)
+    assert found == ("failed", f"{number.name}: hm" if fault else "hm")
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(REPOSITORY / "configs" / "studies")))

@@ -213,7 +213,8 @@ class Laboratory:
         end_attempt(folder, log=folder / LOG)
         machine = self.machine
         made = {"ranks": machine.ranks, "threads": machine.threads, "jobs": machine.jobs, "data": self._data}
-        result = write_result(self.study, plan, folder, succeeded=process.succeeded, made=made)
+        how = process.crashed
+        result = write_result(self.study, plan, folder, succeeded=process.succeeded, crashed=how, made=made)
         if not self.study.keep_checkpoints and result["status"] != FAILED:
             remove_checkpoints(folder)
         loss = result["final_valid_loss"]

@@ -200,7 +200,7 @@ def _compare(cell: Cell, listed: list[Point], losses: Mapping[str, float], *, ad
     outcomes = [Outcome(point.lr, point.seed, losses[point.id]) for point in points if point.id not in failed]
     best = best_lr(outcomes)
     if best is None or len(means) == 1:
-        return Tuning(cell, means, best and best.lr, None, added, failed)
+        return Tuning(cell, means, None if best is None else best.lr, None, added, failed)
     edge = {None: None, "lowest": "low", "only": "low", "highest": "high"}[best.edge]
     return Tuning(cell, means, best.lr, edge, added, failed)
 

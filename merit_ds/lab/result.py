@@ -15,13 +15,13 @@ from merit_ds.errors import InputError
 from merit_ds.lab.attempts import exclusive, wall_seconds
 from merit_ds.lab.points import Cell, Point
 from merit_ds.lab.recipe import RunPlan
+from merit_ds.lab.report_runs import shorten_paths
 from merit_ds.lab.study import Study
 from merit_ds.training.manifest import write_text
 from merit_ds.training.report import RunFolder
 
 RESULT, RESULTS, LOG = "result.json", "results.jsonl", "log.txt"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-_FOLDERS = re.compile(r"(?<![\w.])(/[\w.+-]+)+/")
 _BAD_STEPS = re.compile(r"error: (step \d+ ended with .*?bad steps in a row)")
 
 
@@ -41,7 +41,7 @@ def last_iteration(folder: Path) -> int:
         return 0
 
 
-def judge(folder: Path, *, steps: int, succeeded: bool) -> tuple[str, str | None]:
+def judge(folder: Path, *, steps: int, succeeded: bool, crashed: str | None = None) -> tuple[str, str | None]:
     """Status and reason of a run whose trainer has ended by itself.
 
     A run diverged if too many steps in a row had a non-finite loss or overflowed, or if its last validation loss is not
@@ -53,7 +53,7 @@ def judge(folder: Path, *, steps: int, succeeded: bool) -> tuple[str, str | None
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).exists() else ""
         if bad := _BAD_STEPS.search(text):
             return DIVERGED, bad[1]
-        return FAILED, _last_error(text)
+        return FAILED, f"{crashed}: {_last_error(text)}" if crashed else _last_error(text)
     if not math.isfinite(last):
         return DIVERGED, "the last validation loss is not finite"
     if first is not None and last > first:
@@ -61,7 +61,9 @@ def judge(folder: Path, *, steps: int, succeeded: bool) -> tuple[str, str | None
     return DONE, None
 
 
-def write_result(study: Study, plan: RunPlan, folder: Path, *, succeeded: bool, made: dict[str, Any]) -> dict[str, Any]:
+def write_result(
+    study: Study, plan: RunPlan, folder: Path, *, succeeded: bool, crashed: str | None, made: dict[str, Any]
+) -> dict[str, Any]:
     """Judge a run that has ended and write its `result.json`, atomically; returns its content.
 
     Numbers that are not finite become null. `seconds_per_step` and `tflops_per_gpu` are medians over the log lines;
@@ -69,9 +71,10 @@ def write_result(study: Study, plan: RunPlan, folder: Path, *, succeeded: bool, 
 
     Args:
         succeeded: whether the trainer ended without an error.
+        crashed: the signal by which it ended through its own fault, if one did.
         made: what the lab alone knows of how it was made.
     """
-    status, reason = judge(folder, steps=plan.steps, succeeded=succeeded)
+    status, reason = judge(folder, steps=plan.steps, succeeded=succeeded, crashed=crashed)
     rows = RunFolder(folder).rows()
     valid = [row["valid_loss"] for row in rows if "valid_loss" in row and math.isfinite(row["valid_loss"])]
     train = [row for row in rows if "loss" in row]
@@ -164,4 +167,4 @@ def _last_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
     last = (errors or lines or ["it ended without a word"])[-1].removeprefix("error: ")
-    return _FOLDERS.sub("…/", last)[:500]
+    return shorten_paths(last)[:500]

@@ -19,6 +19,9 @@ from merit_ds.lab.attempts import begin_attempt, end_attempt
 from merit_ds.lab.recipe import RECIPE, RunPlan
 from merit_ds.lab.result import LOG, last_iteration
 
+FAULTS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
+"""Signals that a process brings on itself: done again, it would crash again."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -115,9 +118,14 @@ class TrainerProcess:
     @property
     def killed(self) -> str | None:
         """The signal that ended it from outside, if one did."""
-        code = self._process.returncode
-        number = -code if code < 0 else code - 128
-        return signal.Signals(number).name if number in set(signal.Signals) else None
+        name = signal_of(self._process.returncode)
+        return None if name in FAULTS else name
+
+    @property
+    def crashed(self) -> str | None:
+        """The signal by which it ended through its own fault, if one did."""
+        name = signal_of(self._process.returncode)
+        return name if name in FAULTS else None
 
     @property
     def succeeded(self) -> bool:
@@ -139,6 +147,16 @@ class TrainerProcess:
         """Note its end, and give its run free."""
         end_attempt(self.folder, log=self.folder / LOG)
         os.close(self._lock)
+
+
+def signal_of(code: int) -> str | None:
+    """The name of the signal that an exit code tells of.
+
+    Python gives -n for the process itself, a shell 128 + n, and DeepSpeed's launcher exits with a rank's -n: 256 - n.
+    255 is also what a program gives that exits with -1, so it is no signal.
+    """
+    number = -code if code < 0 else 256 - code if 192 < code < 255 else code - 128
+    return signal.Signals(number).name if number in set(signal.Signals) else None
 
 
 def _command(machine: Machine, port: int) -> list[str]:
