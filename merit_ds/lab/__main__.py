@@ -18,7 +18,7 @@ from merit_ds.lab.laboratory import Laboratory
 from merit_ds.lab.progress import Display, summary
 from merit_ds.lab.status import describe
 from merit_ds.lab.study import load_study
-from merit_ds.lab.trainer_process import share_machine
+from merit_ds.lab.trainer_process import cpu_is_asked_for, share_machine
 from merit_ds.training.cli import report_errors
 from merit_ds.training.data_manifest import output_paths, read_manifest
 from merit_ds.training.manifest import write_text
@@ -36,6 +36,7 @@ unfinished_checkpoint/
 latest
 zero_to_*.py
 """
+COPIED = "# A copy by merit_ds.lab: `base` is relative to the folder of the study itself, not to this one.\n"
 
 
 def main() -> None:
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="for the array, such as --sbatch=--time=8:00:00"
     )
+    run.add_argument("--need-gpus", action="store_true", help="refuse to run on the CPU, as the tasks of --slurm do")
     run.set_defaults(act=_run)
     status = commands.add_parser("status", help="what is done, goes on and is left in a study's folder")
     status.add_argument("output", type=Path, metavar="DIR", help="the study's folder")
@@ -87,7 +89,9 @@ def _run(arguments: argparse.Namespace) -> int:
     study, output = load_study(arguments.study), arguments.output
     if arguments.jobs is not None and arguments.jobs < 1:
         raise InputError(f"--jobs {arguments.jobs}: must be at least 1")
-    machine = share_machine(arguments.script, jobs=arguments.jobs, ranks=arguments.ranks or study.ranks)
+    starts = not (arguments.dry_run or arguments.slurm)
+    ranks, need_gpus = arguments.ranks or study.ranks, arguments.need_gpus
+    machine = share_machine(arguments.script, jobs=arguments.jobs, ranks=ranks, starts=starts, need_gpus=need_gpus)
     display = Display(machine)
     data = _describe_data(arguments.data)
     laboratory = Laboratory(
@@ -115,9 +119,11 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{machine.jobs} at a time, {machine.ranks} ranks, {machine.threads} threads: {summary(state, machine)}"
     )
     if arguments.slurm:
-        return _submit(arguments, [plan.point.id for plan in state.todo])
+        return _submit(arguments, laboratory.free(), ranks=machine.ranks)
     state = laboratory.run()
     display.clear()
+    for id_ in laboratory.left_to_others():
+        display.tell(f"elsewhere {id_}: another process has it")
     for cell, count in state.expansion.hopeless.items():
         display.tell(f"WARNING   {cell}: every learning rate diverged or failed, so {count} runs have none to take")
     display.tell(summary(state, machine))
@@ -125,15 +131,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(laboratory.unfinished())
 
 
-def _submit(arguments: argparse.Namespace, ids: list[str]) -> int:
+def _submit(arguments: argparse.Namespace, ids: list[str], *, ranks: int) -> int:
     if not ids:
         print("nothing to submit: no run is left that can be started now")
         return 0
     values = {"--data": arguments.data, "--output": arguments.output, "--script": arguments.script}
     values |= {"--ranks": arguments.ranks, "--vocab": arguments.vocab}
     options = [text for name, value in values.items() if value is not None for text in (name, str(value))]
-    command = ["run", str(arguments.study), "--jobs", "1", *options]
-    script = slurm.write_array(arguments.output, ids, command=command, options=arguments.sbatch)
+    gpus = not cpu_is_asked_for()
+    command = ["run", str(arguments.study), "--jobs", "1", *options, *(["--need-gpus"] if gpus else [])]
+    wanted = slurm.resources(ranks, gpus=gpus, options=arguments.sbatch) + arguments.sbatch
+    script = slurm.write_array(arguments.output, ids, command=command, options=wanted)
     job = slurm.submit(script)
     if job is None:
         print(f"{script} holds {len(ids)} runs; there is no sbatch here: submit it from this folder on the cluster")
@@ -167,7 +175,8 @@ def _prepare(output: Path, study: Path, prefix: str, data: dict[str, Any], vocab
     text = json.dumps(data, indent=1) + "\n"
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != data:
         raise InputError(f"{output} holds results on other data than {prefix}: give another --output")
-    for path, content in ((known, text), (output / ".gitignore", IGNORED), (output / "study.yaml", study.read_text())):
+    copy = COPIED + study.read_text(encoding="utf-8").removeprefix(COPIED)
+    for path, content in ((known, text), (output / ".gitignore", IGNORED), (output / "study.yaml", copy)):
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             write_text(path, content)
     links = {f"corpus{str(path)[len(prefix) :]}": path for path in output_paths(prefix)}

@@ -5,6 +5,7 @@ A lock is an flock on a file in the run's folder. The trainer inherits it, so it
 whose lab was killed is still taken while its trainer goes on. The kernel frees it when they end in whatever way.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from merit_ds.errors import InputError
+
 ATTEMPTS = "attempts.jsonl"
 
 
@@ -21,15 +24,21 @@ def try_lock(folder: Path) -> int | None:
     """Take a run's lock; returns its file descriptor, or None where another process has it.
 
     The run is free again once every process that inherited the descriptor has closed it.
+
+    Raises:
+        InputError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     for _ in range(3):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder / "lock")
             return descriptor
         except BlockingIOError:
             time.sleep(0.02)  # `is_locked` of another process may hold it, for much less
+        except InputError:
+            os.close(descriptor)
+            raise
     os.close(descriptor)
     return None
 
@@ -48,14 +57,32 @@ def is_locked(folder: Path) -> bool:
 def exclusive(path: Path) -> Iterator[None]:
     """Wait for the lock at `path`, and hold it while entered."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _flock(file.fileno(), fcntl.LOCK_EX, path)
         yield
 
 
-def begin_attempt(folder: Path, *, log: Path) -> None:
-    """Note that a trainer starts now; the one before may have been killed together with its lab."""
+def _flock(descriptor: int, how: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        raise InputError(
+            f"{path}: its file system has no flock ({error.strerror}), without which two processes could do one run; "
+            "give an --output on another, or have it mounted with locks (Lustre: -o flock, not localflock)"
+        ) from None
+
+
+def begin_attempt(folder: Path, *, log: Path, ranks: int) -> None:
+    """Note that a trainer of so many ranks starts now; the one before may have been killed together with its lab."""
     end_attempt(folder, log=log)
-    _append(folder, {"start": time.time()})
+    _append(folder, {"start": time.time(), "ranks": ranks})
+
+
+def ranks_before(folder: Path) -> int | None:
+    """Ranks of the last attempt; None where there was none."""
+    starts = [row for row in _read(folder) if "start" in row]
+    return starts[-1].get("ranks") if starts else None
 
 
 def end_attempt(folder: Path, *, log: Path) -> None:

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merit_ds.lab.attempts import end_attempt, try_lock
+from merit_ds.lab.attempts import end_attempt, is_locked, try_lock
 from merit_ds.lab.points import Expansion, Point, Tuning, expand
-from merit_ds.lab.recipe import RunPlan, check_plan, plan_run, write_plan
+from merit_ds.lab.recipe import RESULT, RunPlan, check_plan, plan_run, write_plan
 from merit_ds.lab.result import (
     FAILED,
     LOG,
-    RESULT,
     final_loss,
     losses_of,
     read_results,
@@ -122,10 +121,22 @@ class Laboratory:
         return self.state
 
     def unfinished(self) -> bool:
-        """Whether any chosen run has no result yet, or never will for want of a learning rate."""
+        """Whether any chosen run has no result yet, or never will for want of a learning rate.
+
+        Of a part of the study a run that another process has is that one's to finish.
+        """
         state = self.state
         rest = not self._only and (state.expansion.waiting or state.expansion.hopeless)
-        return bool(rest) or any(self._is_chosen(p) and p.id not in state.results for p in state.expansion.points)
+        finished = state.results.keys() | self.left_to_others()
+        return bool(rest) or any(self._is_chosen(p) and p.id not in finished for p in state.expansion.points)
+
+    def left_to_others(self) -> list[str]:
+        """Ids of unfinished runs of a part of the study that another process works on."""
+        return [id_ for id_ in self.state.elsewhere if self._only and id_ not in self.state.results]
+
+    def free(self) -> list[str]:
+        """Ids of the runs that can be started and that no process works on."""
+        return [p.point.id for p in self.state.todo if not is_locked(self._folder(p.point.id))]
 
     def _left(self) -> list[RunPlan]:
         """What there is to start or to wait for; of a part of the study nothing depends on other processes' runs."""

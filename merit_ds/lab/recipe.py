@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from merit_ds.errors import InputError
+from merit_ds.lab.attempts import ranks_before
 from merit_ds.lab.points import Point
 from merit_ds.lab.study import Study
 from merit_ds.training.config import load_config
@@ -20,7 +21,7 @@ from merit_ds.training.deepspeed_config import MONITORS, check_deepspeed, read_d
 from merit_ds.training.manifest import write_text
 from merit_ds.training.schedule import check_scheduler, plan_batch, total_steps
 
-RECIPE, DEEPSPEED = "recipe.yaml", "deepspeed.json"
+RECIPE, DEEPSPEED, RESULT = "recipe.yaml", "deepspeed.json", "result.json"
 CORPUS = "../../corpus"
 """data.prefix, seen from a run's folder."""
 VOCAB = "../../corpus_vocab"
@@ -37,12 +38,14 @@ class RunPlan:
 
     Attributes:
         steps: optimizer steps that the budget pays for.
+        ranks: of the run.
         recipe: for `recipe.yaml`; only values that differ from the trainer's defaults or were given.
         deepspeed: for `deepspeed.json`.
     """
 
     point: Point
     steps: int
+    ranks: int
     recipe: dict[str, Any]
     deepspeed: dict[str, Any]
 
@@ -88,7 +91,7 @@ def plan_run(study: Study, point: Point, *, folder: Path, ranks: int, vocab: boo
     recipe["data"] |= {"prefix": CORPUS} | ({"vocab": VOCAB} if vocab else {})
     own = {"deepspeed": DEEPSPEED, "train_tokens": cell.tokens, "seed": point.seed, "save": ".", "load": "."}
     recipe["run"] |= own
-    return RunPlan(point, steps, recipe, deepspeed)
+    return RunPlan(point, steps, ranks, recipe, deepspeed)
 
 
 def write_plan(folder: Path, plan: RunPlan) -> None:
@@ -108,8 +111,15 @@ def check_plan(folder: Path, plan: RunPlan) -> None:
     """Compare the run's folder, if it is there, with what the study says now.
 
     Raises:
-        InputError: it holds a run with other settings; names the first.
+        InputError: it holds a run with other settings; names the first. Or its checkpoint is of other ranks, of whose
+            optimizer states each holds a part.
     """
+    ranks = ranks_before(folder)
+    if ranks not in (None, plan.ranks) and (folder / "latest").exists() and not (folder / RESULT).exists():
+        raise InputError(
+            f"{folder}: interrupted on {ranks} ranks, and its checkpoint does not fit {plan.ranks}: "
+            f"give --ranks {ranks}, or remove the folder to do this run again"
+        )
     for name, values, read in ((RECIPE, plan.recipe, yaml.safe_load), (DEEPSPEED, plan.deepspeed, json.loads)):
         path = folder / name
         if path.exists():

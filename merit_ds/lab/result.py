@@ -14,13 +14,13 @@ from typing import Any
 from merit_ds.errors import InputError
 from merit_ds.lab.attempts import exclusive, wall_seconds
 from merit_ds.lab.points import Cell, Point
-from merit_ds.lab.recipe import RunPlan
+from merit_ds.lab.recipe import RESULT, RunPlan
 from merit_ds.lab.report_runs import shorten_paths
 from merit_ds.lab.study import Study
 from merit_ds.training.manifest import write_text
 from merit_ds.training.report import RunFolder
 
-RESULT, RESULTS, LOG = "result.json", "results.jsonl", "log.txt"
+RESULTS, LOG = "results.jsonl", "log.txt"
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 _BAD_STEPS = re.compile(r"error: (step \d+ ended with .*?bad steps in a row)")
 

@@ -4,6 +4,7 @@
 Each task is `python -m merit_ds.lab run ... --only ID`, as safe to kill, requeue or submit twice as a run here.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,26 @@ from pathlib import Path
 from merit_ds.errors import InputError
 from merit_ds.training.manifest import write_text
 
+CORES = 8
+"""CPU cores that a task gets for each rank."""
+SHORT = {"-N": "--nodes", "-n": "--ntasks", "-c": "--cpus-per-task", "-G": "--gpus"}
+GPU_OPTIONS = ("--gpus", "--gres", "--gpus-per-node", "--gpus-per-task", "--gpus-per-socket")
+
+
+def resources(ranks: int, *, gpus: bool, options: list[str]) -> list[str]:
+    """What a task asks for, one node with a GPU for each rank, but for what `options` ask for themselves.
+
+    Args:
+        gpus: whether the runs are on GPUs.
+        options: sbatch options, which win.
+    """
+    names = [re.split("[= ]", option)[0] for option in options]
+    given = {SHORT.get(name[:2], name) for name in names}
+    wanted = {"--nodes": 1, "--ntasks": 1, "--cpus-per-task": CORES * ranks}
+    if gpus and not given & set(GPU_OPTIONS):
+        wanted["--gpus-per-node"] = ranks
+    return [f"{name}={count}" for name, count in wanted.items() if name not in given]
+
 
 def write_array(output: Path, ids: list[str], *, command: list[str], options: list[str]) -> Path:
     """Write `slurm/array-N.sh` and, beside it, the list of its tasks' runs.
@@ -21,7 +42,7 @@ def write_array(output: Path, ids: list[str], *, command: list[str], options: li
         output: the study's folder.
         ids: of the runs, one task each.
         command: arguments of `python -m merit_ds.lab` without --only; paths are relative to the folder of submission.
-        options: sbatch options, for instance "--partition=gpu".
+        options: sbatch options, `resources` among them.
 
     Returns:
         The script's path.

@@ -47,10 +47,16 @@ class Machine:
         return self.threads * self.ranks
 
 
-def share_machine(script: Path, *, jobs: int | None, ranks: int) -> Machine:
+def share_machine(
+    script: Path, *, jobs: int | None, ranks: int, starts: bool = True, need_gpus: bool = False
+) -> Machine:
     """Divide cores and GPUs. Without `jobs`: as many as GPUs allow, or one on the CPU.
 
     Runs of one rank may share a GPU, which a small model does not fill; ranks of one run must each have their own.
+
+    Args:
+        starts: whether runs are started here; a cluster's login node need not have their GPUs.
+        need_gpus: refuse to go on without a GPU.
 
     Raises:
         InputError: no trainer at `script`, or more GPUs are asked for than there are.
@@ -58,7 +64,12 @@ def share_machine(script: Path, *, jobs: int | None, ranks: int) -> Machine:
     if not script.is_file():
         raise InputError(f"{script}: no trainer there; run in the project's folder, or give --script pretrain_gpt.py")
     gpus = _visible_gpus()
-    if gpus and ranks > 1 and len(gpus) < ranks * (jobs or 1):
+    if need_gpus and not gpus:
+        raise InputError(
+            "--need-gpus: no GPU is visible here; ask for them with --sbatch, check the node's driver, or submit with "
+            "DS_ACCELERATOR=cpu for runs on the CPU"
+        )
+    if starts and gpus and ranks > 1 and len(gpus) < ranks * (jobs or 1):
         raise InputError(
             f"{jobs or 1} jobs of {ranks} ranks need as many GPUs, but there are {len(gpus)}; lower --jobs"
         )
@@ -88,7 +99,7 @@ class TrainerProcess:
             first = slot * machine.ranks
             mine = [machine.gpus[number % len(machine.gpus)] for number in range(first, first + machine.ranks)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
-        begin_attempt(folder, log=folder / LOG)
+        begin_attempt(folder, log=folder / LOG, ranks=machine.ranks)
         with (folder / LOG).open("ab") as log:
             self._log_start = log.tell()
             # A session of its own: Ctrl-C in the terminal reaches the lab alone, which signals the whole group.
@@ -169,8 +180,13 @@ def _command(machine: Machine, port: int) -> list[str]:
     return [str(launcher), *count, "--master_port", str(port), *script]
 
 
+def cpu_is_asked_for() -> bool:
+    """Whether the environment keeps DeepSpeed, and so the trainer, on the CPU."""
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def _visible_gpus() -> list[str]:
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    if cpu_is_asked_for() or not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
