@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_with_its_ranks_alone(load, tmp_path):
     check_plan(run, two)  # there is no checkpoint yet
     (run / "latest").write_text("global_step4")
     check_plan(run, one)
-    with pytest.raises(InputError, match=r"run: interrupted on 1 ranks, .* give --ranks 1, or remove the folder"):
+    with pytest.raises(InputError, match=r"run: interrupted with --ranks 1, .* give --ranks 1, or remove the folder"):
         check_plan(run, two)
     (run / "result.json").write_text("{}")
     check_plan(run, two)

@@ -117,7 +117,7 @@ def check_plan(folder: Path, plan: RunPlan) -> None:
     ranks = ranks_before(folder)
     if ranks not in (None, plan.ranks) and (folder / "latest").exists() and not (folder / RESULT).exists():
         raise InputError(
-            f"{folder}: interrupted on {ranks} ranks, and its checkpoint does not fit {plan.ranks}: "
+            f"{folder}: interrupted with --ranks {ranks}, and its checkpoint does not fit --ranks {plan.ranks}: "
             f"give --ranks {ranks}, or remove the folder to do this run again"
         )
     for name, values, read in ((RECIPE, plan.recipe, yaml.safe_load), (DEEPSPEED, plan.deepspeed, json.loads)):
