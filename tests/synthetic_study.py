@@ -162,6 +162,9 @@ def _telemetry(optimizer: str, far: float, batch: int, steps: int) -> list[dict]
             "max_attention_logit": grown,
             "attention_entropy": [3.6 - 0.5 * math.log(value) / (1 + 0.2 * n) for n, value in enumerate(grown)],
         }
+        if optimizer != "AdamW":
+            row["elements"] = {name: 16_384 for name in _by_parameter([0.0] * LAYERS)}
+            row["clipped_share"] = _by_parameter([0.0] * LAYERS) | {"embedding.word_embeddings.weight": 0.0}
         if optimizer in ("MERIT", "MERIT-W"):
             row["clipped_share"] = _by_parameter(
                 [0.12 * math.exp(-6 * share) / (1 + abs(n - 1)) for n in range(LAYERS)]

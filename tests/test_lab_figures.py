@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import pytest
 
-from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png
+from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png, two_digits
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
-from merit_ds.lab.figures_telemetry import step_edges
+from merit_ds.lab.figures_telemetry import LayerMap, draw_peaks, step_edges
 from merit_ds.lab.report_statistics import Outcome, best_lr
-from merit_ds.lab.report_telemetry import by_layer
+from merit_ds.lab.report_telemetry import QUANTITIES, by_layer, is_trivial, share_by_layer
 
 OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
 
@@ -50,6 +50,13 @@ def test_labels_are_moved_apart_and_no_further():
 def test_numbers_as_people_write_them():
     assert [plain(value) for value in (4e-4, 0.002, 12, 4096, 2e-5)] == ["0.0004", "0.002", "12", "4,096", "2e-5"]
     assert [three_digits(value) for value in (3, 0.1823, 245.4, 1250)] == ["3.00", "0.182", "245", "1,250"]
+    assert [two_digits(value) for value in (0.00172, 3.14, 118.4)] == ["0.0017", "3.1", "118"]
+
+
+def test_a_small_last_value_is_not_written_as_zero():
+    figure = draw_peaks({64: {"LARS": LayerMap([0, 10], [[0.5], [0.0017]], note="")}}, label="max attention logit")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["LARS 0.0017"]
+    to_png(figure)
 
 
 def test_loss_window_leaves_out_what_would_press_the_others_together():
@@ -93,3 +100,23 @@ def test_values_by_parameter_become_values_by_layer():
     assert by_layer(sample) == [2.0, pytest.approx(math.nan, nan_ok=True), 5.0]
     assert by_layer([1, None, 2.5]) == [1.0, pytest.approx(math.nan, nan_ok=True), 2.5]
     assert by_layer(None) == []
+
+
+def test_shares_count_by_the_elements_of_their_parameters():
+    """100 clipped elements of a norm's 100 and 300 of a matrix's 900 are 40 %, not the 67 % of a plain mean."""
+    sample = {
+        "decoder.layers.0.input_layernorm.weight": 1.0,
+        "decoder.layers.0.mlp.linear_fc1.weight": 1 / 3,
+        "embedding.word_embeddings.weight": 0.9,
+    }
+    sizes = dict(zip(sample, (100, 900, 5000), strict=True))
+    assert share_by_layer(sample, sizes) == [pytest.approx(0.4)]
+    assert share_by_layer(sample, None) == [1 / 3]  # sizes not known: the matrices alone
+
+
+def test_a_share_that_says_nothing_is_known():
+    quantities = {quantity.key: quantity for quantity in QUANTITIES}
+    zeros, ones, mixed = (LayerMap([1, 2], [[a], [b]], note="") for a, b in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0)))
+    assert [is_trivial(one, quantities["clipped_share"]) for one in (zeros, ones, mixed)] == [True, False, False]
+    assert [is_trivial(one, quantities["whole_share"]) for one in (zeros, ones, mixed)] == [False, True, False]
+    assert not is_trivial(zeros, quantities["l2_max_gap"])

@@ -243,6 +243,24 @@ def test_missing_telemetry_is_said(tmp_path):
     assert "No run at its optimizer&#x27;s best learning rate has telemetry" in report(tmp_path / "none")[0].text
 
 
+def test_an_optimizer_that_never_clips_is_named_and_not_drawn(whole):
+    """LAMB and maxLAMB have zeros alone; AdamW has no samples."""
+    page, text = whole
+    assert {row[1] for row in page.tables["0.8M, 9.83 M tokens: clipped elements"][1:]} == {"MERIT", "MERIT-W"}
+    batches = "at batch 64, 256, 1,024"
+    assert f"0% throughout, so not drawn: LAMB {batches}; maxLAMB {batches}." in text
+    assert f"9.83 M tokens: no samples of AdamW {batches}." in text
+
+
+def test_telemetry_without_sizes_is_said(tmp_path):
+    run = write_run(tmp_path / "old", optimizer="MERIT", batch=64, lr=1e-2, seed=1, telemetry=True)
+    assert "does not tell the parameters" not in report(tmp_path / "old")[1]
+    rows = [json.loads(line) for line in (run / "telemetry.jsonl").read_text().splitlines()]
+    (run / "telemetry.jsonl").write_text("".join(json.dumps(row | {"elements": {}}) + "\n" for row in rows))
+    text = report(tmp_path / "old")[1]
+    assert text.count("the telemetry of MERIT at batch 64 does not tell the parameters' sizes") == 2
+
+
 def test_not_finite_numbers_and_a_cut_line(tmp_path):
     run = write_run(tmp_path / "nan", optimizer="MERIT", batch=64, lr=1e-2, seed=1, telemetry=True)
     with (run / "telemetry.jsonl").open("a") as file:

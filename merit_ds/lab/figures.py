@@ -150,6 +150,11 @@ def three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
+def two_digits(value: float) -> str:
+    """A number with two significant digits, or all those before the point: 0.0017, 3.1, 118."""
+    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
 def end_labels(axes: Any, points: Sequence[tuple[str, float, float, str]], *, fontsize: float = 8) -> None:
     """Texts to the right of the last point of each line, moved apart where they would overlap.
 

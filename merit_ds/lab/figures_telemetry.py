@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from merit_ds.lab.figures import end_labels, ink, label_left, number_axis, ordered, panels, sparse, whole_steps
+from merit_ds.lab.figures import (
+    end_labels,
+    ink,
+    label_left,
+    number_axis,
+    ordered,
+    panels,
+    sparse,
+    two_digits,
+    whole_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> 
             steps = maps[name].steps
             axes.plot(steps, peaks, **sparse(name, len(steps)))
             if math.isfinite(peaks[-1]):
-                ends.append((f"{name} {peaks[-1]:.0f}", steps[-1], peaks[-1], ink(name)))
+                ends.append((f"{name} {two_digits(peaks[-1])}", steps[-1], peaks[-1], ink(name)))
         axes.set_yscale("log")
         positive = [v for one in maps.values() for sample in one.values for v in sample if 0 < v < math.inf]
         number_axis(axes.yaxis, positive or [1.0], limit=0)

@@ -18,6 +18,7 @@ from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Run, number
 
 _LAYER = re.compile(r"layers?\.(\d+)\.")
+_VECTOR = re.compile(r"norm|bias")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,12 @@ class Quantity:
     title: str
     label: str
     text: str
-    beside: str
-    percent: bool = False
+    beside: str = ""
+    """Figures of the paper that show the same."""
+    share: bool = False
+    """A share of a parameter's elements, so that parameters count by their sizes."""
+    trivial: float | None = None
+    """The value that an optimizer without the mechanism has throughout; such a run is not drawn."""
     logarithmic: bool = False
 
 
@@ -48,23 +53,24 @@ QUANTITIES = (
         title="Attention entropy",
         label="attention entropy (nats)",
         text="Mean entropy of the attention weights of a query: low means that it looks at few tokens.",
-        beside="the paper's figure 11",
     ),
     Quantity(
         key="clipped_share",
         title="Clipped elements",
         label="clipped elements",
-        text="Share of elements whose scaled update lies at the clip bound; the plain mean over a layer's parameters.",
+        text="Share of elements whose scaled update lies at the clip bound, over all elements of a layer.",
         beside="the paper's figure 13",
-        percent=True,
+        share=True,
+        trivial=0.0,
     ),
     Quantity(
         key="whole_share",
         title="Whole-weight bound",
         label="at the whole-weight bound",
-        text="Share of elements whose trust ratio is the whole weight's; the plain mean over a layer's parameters.",
+        text="Share of elements whose trust ratio is the whole weight's, over all elements of a layer's matrices.",
         beside="the paper's figure 15",
-        percent=True,
+        share=True,
+        trivial=1.0,
     ),
     Quantity(
         key="l2_max_gap",
@@ -106,29 +112,61 @@ def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Sectio
     section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
     section.text.append("One run of each optimizer, at its best learning rate, on one colour scale.")
     for family, batches in by_family(tuned).items():
-        rows, peaks, missing = [], {}, dict[str, list[str]]()
+        rows, shown = [], {}
         for batch, group in batches.items():
             runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
             maps = {name: layer_map(run, quantity) for name, run in runs.items()}
-            if not maps:
-                continue
-            for name in group.keys() - maps.keys():
-                missing.setdefault(name, []).append(f"{batch:,}")
-            peaks[batch] = maps
-            name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
-            section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
-            rows += [_row(batch, name, maps[name], run, quantity, links) for name, run in runs.items()]
-        if quantity.key == "max_attention_logit" and peaks:
-            section.parts.insert(len(section.parts) - len(peaks), _peak_plot(quantity, family.title, peaks))
+            maps = {name: one for name, one in maps.items() if not is_trivial(one, quantity)}
+            if maps:
+                shown[batch] = maps
+                name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
+                section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
+                rows += [_row(batch, name, one, runs[name], quantity, links) for name, one in maps.items()]
+        if quantity.key == "max_attention_logit" and shown:
+            section.parts.insert(len(section.parts) - len(shown), _peak_plot(quantity, family.title, shown))
         if rows:
             columns = ["batch", "optimizer", "run", "lowest", "highest", "layers at the end"]
             section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows, folded=True))
-        if missing and rows:
-            lacks = "; ".join(f"{name} at batch {', '.join(missing[name])}" for name in ordered(missing))
-            section.text.append(f"{family.title}: no samples of {lacks}.")
-    if not section.parts:
-        return None
-    return section
+        _tell_gaps(section, family.title, batches, quantity)
+    return section if section.parts or len(section.text) > 2 else None
+
+
+def _tell_gaps(section: Section, where: str, batches: dict[int, dict[str, Tuned]], quantity: Quantity) -> None:
+    """Say which runs are not drawn, and which are drawn without their parameters' sizes."""
+    missing, trivial, unsized = (dict[str, list[str]]() for _ in range(3))
+    for batch, group in batches.items():
+        for name, one in group.items():
+            run = _sampled(one, quantity)
+            if run is None:
+                missing.setdefault(name, []).append(f"{batch:,}")
+            elif is_trivial(layer_map(run, quantity), quantity):
+                trivial.setdefault(name, []).append(f"{batch:,}")
+            elif quantity.share and not all(_sizes(row, quantity) for row in run.telemetry if row.get(quantity.key)):
+                unsized.setdefault(name, []).append(f"{batch:,}")
+    if trivial:
+        section.text.append(f"{where}: {quantity.trivial:.0%} throughout, so not drawn: {_where(trivial)}.")
+    if missing and (trivial or section.parts):
+        section.text.append(f"{where}: no samples of {_where(missing)}.")
+    if unsized:
+        section.warnings.append(
+            f"{where}: the telemetry of {_where(unsized)} does not tell the parameters' sizes: the plain mean over a "
+            "layer's matrices is shown, without norms and biases."
+        )
+
+
+def _where(batches: dict[str, list[str]]) -> str:
+    return "; ".join(f"{name} at batch {', '.join(batches[name])}" for name in ordered(batches))
+
+
+def is_trivial(one: LayerMap, quantity: Quantity) -> bool:
+    """Whether every sample has the value that says that the optimizer lacks what is measured."""
+    return quantity.trivial is not None and all(value == quantity.trivial for row in one.values for value in row)
+
+
+def _sizes(row: dict[str, Any], quantity: Quantity) -> dict[str, int] | None:
+    """Numbers of elements of the parameters that the row samples; None if it does not tell those of all."""
+    sizes = row.get("elements") or {}
+    return sizes if row[quantity.key].keys() <= sizes.keys() else None
 
 
 def _map_plot(quantity: Quantity, name: str, where: str, maps: dict[str, LayerMap]) -> Plot:
@@ -136,10 +174,11 @@ def _map_plot(quantity: Quantity, name: str, where: str, maps: dict[str, LayerMa
         figures_telemetry.draw_maps,
         maps,
         label=quantity.label,
-        percent=quantity.percent,
+        percent=quantity.share,
         logarithmic=quantity.logarithmic,
     )
-    caption = f"{where}: {quantity.label} by layer and step, a panel for each optimizer. Beside {quantity.beside}."
+    caption = f"{where}: {quantity.label} by layer and step, a panel for each optimizer."
+    caption += f" Beside {quantity.beside}." if quantity.beside else ""
     return Plot(name, caption, draw)
 
 
@@ -159,7 +198,8 @@ def layer_map(run: Run, quantity: Quantity) -> LayerMap:
     """The quantity by layer and step; without steps if it was not sampled."""
     steps, values = [], []
     for row in run.telemetry:
-        sample = by_layer(row.get(quantity.key))
+        sample = row.get(quantity.key)
+        sample = share_by_layer(sample, _sizes(row, quantity)) if quantity.share and sample else by_layer(sample)
         if sample:
             steps.append(int(row["iteration"]))
             values.append(sample)
@@ -167,21 +207,36 @@ def layer_map(run: Run, quantity: Quantity) -> LayerMap:
 
 
 def by_layer(sample: Any) -> list[float]:
-    """One value a layer: as sampled, or the mean over each layer's parameters where it is by parameter.
+    """One value a layer: as sampled, or the plain mean over each layer's parameters where it is by parameter.
 
     Args:
         sample: a list by layer, or parameter name to value; parameters outside the layers are left out.
     """
     if isinstance(sample, list):
         return [_finite(value) for value in sample]
-    if not isinstance(sample, dict):
-        return []
-    found: dict[int, list[float]] = {}
+    return _means(sample, dict.fromkeys(sample, 1)) if isinstance(sample, dict) else []
+
+
+def share_by_layer(sample: dict[str, Any], sizes: dict[str, int] | None) -> list[float]:
+    """The share of each layer's elements, from the shares of its parameters.
+
+    Args:
+        sizes: parameter to its number of elements; None: they are not known, and the plain mean over the matrices is
+            taken, since a norm's few elements would count like a matrix.
+    """
+    if sizes is not None:
+        return _means(sample, sizes)
+    return by_layer({name: share for name, share in sample.items() if not _VECTOR.search(name)})
+
+
+def _means(sample: dict[str, Any], weights: dict[str, int]) -> list[float]:
+    found: dict[int, list[tuple[float, int]]] = {}
     for name, value in sample.items():
         if match := _LAYER.search(name):
-            found.setdefault(int(match.group(1)), []).append(_finite(value))
-    finite = {layer: [value for value in values if math.isfinite(value)] for layer, values in found.items()}
-    return [fmean(finite[layer]) if finite.get(layer) else math.nan for layer in range(max(found, default=-1) + 1)]
+            found.setdefault(int(match.group(1)), []).append((_finite(value), weights[name]))
+    finite = {layer: [pair for pair in pairs if math.isfinite(pair[0])] for layer, pairs in found.items()}
+    layers = range(max(found, default=-1) + 1)
+    return [fmean(*zip(*finite[layer], strict=True)) if finite.get(layer) else math.nan for layer in layers]
 
 
 def _finite(value: object) -> float:
@@ -190,9 +245,7 @@ def _finite(value: object) -> float:
 
 
 def _row(batch: int, name: str, one: LayerMap, run: Run, quantity: Quantity, links: Links) -> list[Cell]:
-    text: Callable[[float], str] = (
-        (lambda value: f"{value:.2%}") if quantity.percent else (lambda value: f"{value:.4g}")
-    )
+    text: Callable[[float], str] = (lambda value: f"{value:.2%}") if quantity.share else (lambda value: f"{value:.4g}")
     entries = [
         (value, step, layer)
         for step, sample in zip(one.steps, one.values, strict=True)
