@@ -78,6 +78,8 @@ def write_run(
     reason: str | None = None,
     telemetry: bool = False,
     model: str = "0.8M",
+    width: int = 64,
+    jobs: int = 1,
 ) -> Path:
     """One run's folder with all of its files."""
     loss = final_loss(optimizer, batch, lr, seed, ablation)
@@ -109,9 +111,14 @@ def write_run(
         "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "apex": None},
         "time": "2026-01-02T03:04:05",
         "device": "cpu (x86_64)",
+        "jobs": jobs,
     }
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "recipe.yaml").write_text("model: {num_layers: 4}\ndata: {prefix: /home/someone/data/novels}\n")
+    recipe = {
+        "model": {"num_layers": LAYERS, "hidden_size": width, "num_attention_heads": 4},
+        "data": {"prefix": "/home/someone/data/novels"},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     (folder / "deepspeed.json").write_text(
         json.dumps({"optimizer": {"type": optimizer, "params": {"lr": lr}}}, indent=1)
     )

@@ -14,6 +14,10 @@ from synthetic_study import LOSSES, SEEDS, write_run, write_study
 
 from merit_ds.errors import InputError
 from merit_ds.lab.report import main, write_report
+from merit_ds.lab.report_cost import cost_section, ratios_to_adamw
+from merit_ds.lab.report_links import Links
+from merit_ds.lab.report_page import Table
+from merit_ds.lab.report_runs import differences, distinct, read_study, tell_apart
 
 
 class Page(HTMLParser):
@@ -166,6 +170,13 @@ def test_cost_leaves_out_the_first_steps_and_compares_with_adamw(whole):
     assert float(rows["AdamW", "64"][5].replace(",", "")) == pytest.approx(20 / 0.180, rel=0.001)
 
 
+def test_times_on_a_shared_machine_have_no_ratio():
+    seconds = {"AdamW": 2.0, "LAMB": 3.0, "MERIT": 4.0}
+    assert ratios_to_adamw(seconds, alone=set(seconds)) == {"AdamW": 1.0, "LAMB": 1.5, "MERIT": 2.0}
+    assert ratios_to_adamw(seconds, alone={"AdamW", "MERIT"}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2.0}
+    assert set(ratios_to_adamw(seconds, alone={"LAMB", "MERIT"}).values()) == {None}
+
+
 def test_page_is_self_contained(whole, study):
     page, _ = whole
     assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
@@ -280,6 +291,37 @@ def test_a_point_of_two_studies_counts_once(tmp_path):
     assert page.tables[BEST][1][6] == "1: 1.575, 2: 1.585"
     assert "Not counted, since they repeat a point of an earlier study: second/MERIT-b64-lr0.01-s1." in page.text
     assert any(link == "../second/runs/MERIT-b64-lr0.01-s2/" for link in page.links)
+
+
+def test_two_models_of_one_label_are_never_pooled(tmp_path):
+    """Two studies call their model "default"; the points are the same, the widths are not."""
+    for name, width in (("narrow", 64), ("wide", 128)):
+        for optimizer in ("AdamW", "MERIT"):
+            write_run(
+                tmp_path / name, optimizer=optimizer, batch=64, lr=1e-2, seed=1, model="default", width=width, jobs=2
+            )
+    runs = [run for name in ("narrow", "wide") for run in read_study(tmp_path / name).runs]
+    apart, doubles = distinct(tell_apart(runs))
+    assert not doubles
+    assert [run.family.title for run in apart[1:3]] == ["narrow, 9.83 M tokens", "wide, 9.83 M tokens"]
+    cost = next(part for part in cost_section(apart, Links(tmp_path)).parts if isinstance(part, Table))
+    rows = [[entry.parts[0][0] for entry in row] for row in cost.rows]
+    assert [(row[0], row[2], row[4]) for row in rows] == [
+        (f"{name}, 9.83 M tokens", optimizer, "-") for name in ("narrow", "wide") for optimizer in ("AdamW", "MERIT")
+    ]
+    assert differences(run.family for run in apart) == "narrow: hidden_size 64; wide: hidden_size 128"
+
+
+def test_a_run_without_its_folder_is_of_its_studys_model(tmp_path):
+    """Of seed 2 results.jsonl alone was kept."""
+    for seed in (1, 2):
+        run = write_run(tmp_path / "part", optimizer="MERIT", batch=64, lr=1e-2, seed=seed)
+    (tmp_path / "part" / "results.jsonl").write_text(json.dumps(json.loads((run / "result.json").read_text())) + "\n")
+    shutil.rmtree(run)
+    kept, gone = read_study(tmp_path / "part").runs
+    assert gone.folder is None
+    assert kept.family == gone.family
+    assert dict(gone.family.settings)["hidden_size"] == "64"
 
 
 def test_results_without_their_folders_lead_to_the_page(tmp_path):

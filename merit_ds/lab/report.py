@@ -19,7 +19,7 @@ from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_listing import overview_section, runs_section, studies_section
 from merit_ds.lab.report_loss import best_section, sensitivity_section, tune
 from merit_ds.lab.report_page import Plot, Section, render_html, render_markdown
-from merit_ds.lab.report_runs import Study, distinct, read_study
+from merit_ds.lab.report_runs import Study, distinct, read_study, tell_apart
 from merit_ds.lab.report_telemetry import telemetry_sections
 from merit_ds.training.cli import report_errors
 from merit_ds.training.manifest import write_text
@@ -63,7 +63,7 @@ _LEAD = (
 
 def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float | None) -> list[Section]:
     """The report's parts, each only where its data is there."""
-    runs, doubles = distinct(run for study in studies for run in study.runs)
+    runs, doubles = distinct(tell_apart([run for study in studies for run in study.runs]))
     tuned = tune(runs)
     found = [
         overview_section(studies, runs, doubles, tuned, links),

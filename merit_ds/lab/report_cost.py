@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's section on what a step costs: seconds and FLOP/s by optimizer and model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from statistics import median
 
@@ -26,11 +26,11 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     groups: dict[tuple[str, int, str], dict[str, list[Run]]] = {}
     for run in runs:
         if run.variant is None and _seconds(run) is not None:
-            key = (run.family.model, run.batch, str(run.result.get("device") or "device not recorded"))
+            key = (run.family.title, run.batch, str(run.result.get("device") or "device not recorded"))
             groups.setdefault(key, {}).setdefault(run.optimizer, []).append(run)
     if not groups:
         return None
-    jobs = max((int(number(run.result.get("jobs")) or 1) for run in runs), default=1)
+    jobs = max(_jobs(run) for run in runs)
     if jobs > 1:
         section.warnings.append(
             f"up to {jobs} of these runs went on at the same time on one machine: their times compare nothing. Run the "
@@ -40,8 +40,7 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     drawn = {}
     for (model, batch, device), group in sorted(groups.items()):
         seconds = {name: median(_seconds(run) or 0.0 for run in group[name]) for name in ordered(group)}
-        base = next((value for name, value in seconds.items() if name.casefold() == "adamw"), None)
-        ratios = {name: value / base if base else None for name, value in seconds.items()}
+        ratios = ratios_to_adamw(seconds, alone={name for name in group if all(_jobs(r) == 1 for r in group[name])})
         where = f"{model}, batch {batch:,}" + (f"\n{device}" if len({d for _, _, d in groups}) > 1 else "")
         drawn[where] = {name: (seconds[name], ratios[name]) for name in seconds}
         rows += [_row(model, batch, device, n, group[n], seconds[n], ratios[n], links) for n in seconds]
@@ -49,6 +48,21 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     columns = ["model", "batch", "optimizer", "s a step", "to AdamW", "GFLOP/s a rank", "runs", "device"]
     section.parts += [Plot("cost", caption, partial(draw_cost, drawn)), Table("Time a step", columns, rows)]
     return section
+
+
+def ratios_to_adamw(seconds: Mapping[str, float], *, alone: Set[str]) -> dict[str, float | None]:
+    """Each optimizer's seconds a step over AdamW's; None where there is no AdamW, or where either is not `alone`.
+
+    Args:
+        alone: the optimizers whose runs had the machine for themselves.
+    """
+    base = next((name for name in seconds if name.casefold() == "adamw" and name in alone), None)
+    return {name: seconds[name] / seconds[base] if base and name in alone else None for name in seconds}
+
+
+def _jobs(run: Run) -> int:
+    """How many runs went on at the same time on its machine."""
+    return int(number(run.result.get("jobs")) or 1)
 
 
 def _seconds(run: Run) -> float | None:

@@ -11,7 +11,7 @@ from merit_ds.lab.figures import look
 from merit_ds.lab.report_links import Links, anchor
 from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Details, Section, Table, cell
-from merit_ds.lab.report_runs import Run, Study, count_text, number, shorten_paths
+from merit_ds.lab.report_runs import Run, Study, count_text, differences, number, shorten_paths
 from merit_ds.lab.report_statistics import overlaps, winner
 
 
@@ -26,6 +26,8 @@ def overview_section(
         f"{len(runs)} runs: {counts['done']} finished, {counts['diverged']} diverged, {counts['failed']} failed"
         + (f"; without a result yet: {len(unfinished)}." if unfinished else ".")
     )
+    if models := differences(run.family for run in runs):
+        section.text.append(f"Models and corpora: {models}.")
     for family, batches in by_family(tuned).items():
         if leaders := _leaders(batches):
             section.text.append(f"{family.title}: {'; '.join(leaders)}.")

@@ -7,23 +7,31 @@ Reading is lenient, since a report on half a study is worth having: what a run l
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from merit_ds.errors import InputError
+from merit_ds.training.config import ModelConfig
+from merit_ds.training.report import read_rows
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w./-])/(?:[\w.+-]+/)+([\w.+-]+)")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Runs whose losses may be compared: one model and one token budget."""
+    """Runs whose losses may be compared: one model, one corpus and one token budget."""
 
     model: str
+    """As it is shown: the label in the study, and where another model or corpus has the same label, the study."""
     tokens: int | None
+    settings: tuple[tuple[str, str], ...] = ()
+    """What the model and its corpus are, whatever their label; empty where it is not known."""
 
     @property
     def title(self) -> str:
@@ -128,7 +136,46 @@ def read_study(folder: Path) -> Study:
         if str(row.get("id")) not in runs:
             runs[str(row.get("id"))] = _run(row, None, name, where=folder / "results.jsonl")
     unfinished = [name for name in unfinished if name not in runs]
-    return Study(name, folder, None if text is None else shorten_paths(text), list(runs.values()), unfinished)
+    return Study(name, folder, None if text is None else shorten_paths(text), _settled(runs.values()), unfinished)
+
+
+def _settled(runs: Iterable[Run]) -> list[Run]:
+    """The runs, those whose folder is gone with the settings of another of the same study and label."""
+    runs = list(runs)
+    known = {run.family.model: run.family for run in runs if run.folder}
+    families = [run.family if run.folder else known.get(run.family.model, run.family) for run in runs]
+    return [
+        replace(run, family=replace(run.family, settings=family.settings))
+        for run, family in zip(runs, families, strict=True)
+    ]
+
+
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the study's name in the model's where several models or corpora have one label."""
+    first: dict[str, dict[tuple[tuple[str, str], ...], str]] = {}
+    for run in runs:
+        first.setdefault(run.family.model, {}).setdefault(run.family.settings, run.study)
+    return [
+        replace(run, family=replace(run.family, model=_shown(run.family.model, studies[run.family.settings])))
+        if len(studies := first[run.family.model]) > 1
+        else run
+        for run in runs
+    ]
+
+
+def _shown(label: str, study: str) -> str:
+    return study if label == "default" else f"{label} of {study}"
+
+
+def differences(families: Iterable[Family]) -> str | None:
+    """What tells the models and corpora apart, "small: hidden_size 64; large: hidden_size 256"; None: nothing."""
+    models = {family.model: dict(family.settings) for family in families}
+    keys = {key: None for settings in models.values() for key in settings}
+    differing = [key for key in keys if len({settings.get(key) for settings in models.values()}) > 1]
+    if not differing:
+        return None
+    texts = {name: [f"{key} {values.get(key, 'default')[:12]}" for key in differing] for name, values in models.items()}
+    return "; ".join(f"{name}: {', '.join(text)}" for name, text in texts.items())
 
 
 def distinct(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
@@ -136,21 +183,6 @@ def distinct(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     first: dict[tuple[object, ...], Run] = {}
     others = [run for run in runs if first.setdefault(run.point, run) is not run]
     return list(first.values()), others
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, none if it is not there; a last line that a kill cut short is left out.
-
-    Raises:
-        InputError: another line is not JSON.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise InputError(f"{path}: a line is not JSON ({error}); remove it, or do the run again") from None
 
 
 def number(value: object) -> float | None:
@@ -184,6 +216,20 @@ def _read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def _settings(result: dict[str, Any], folder: Path | None) -> tuple[tuple[str, str], ...]:
+    """The model's settings, as far as they change its losses, and the corpus's hashes."""
+    path = None if folder is None else folder / "recipe.yaml"
+    try:
+        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"] if path and path.is_file() else {}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no recipe of a run ({error!r}); do the run again") from None
+    with suppress(ValueError):  # of another version: its settings as they stand
+        model = ModelConfig(**model).identity() if model else {}
+    data = result.get("data") or {}
+    hashes = {key: str(data[key]) for key in ("tokenizer", "train_sha256", "valid_sha256") if data.get(key)}
+    return tuple((key, str(value)) for key, value in (model | hashes).items())
+
+
 def _run(result: dict[str, Any], folder: Path | None, study: str, *, where: Path) -> Run:
     point = result.get("point") or {}
     try:
@@ -198,7 +244,9 @@ def _run(result: dict[str, Any], folder: Path | None, study: str, *, where: Path
             lr=float(point["lr"]),
             batch=int(point["batch"]),
             seed=int(point.get("seed", 0)),
-            family=Family(str(point.get("model", "default")), None if tokens is None else int(tokens)),
+            family=Family(
+                str(point.get("model", "default")), None if tokens is None else int(tokens), _settings(result, folder)
+            ),
             status=str(result.get("status", "failed")),
             reason=None if result.get("reason") is None else shorten_paths(str(result["reason"])),
             result=result,

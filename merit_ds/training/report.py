@@ -127,11 +127,18 @@ class RunFolder:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none where it is missing; a last line that a kill cut short is left out."""
+    """The rows of a JSONL file, none where it is missing; a last line that a kill cut short is left out.
+
+    Raises:
+        InputError: another line is not JSON.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{path}: a line is not JSON ({error}); remove it, or do the run again") from None
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
