@@ -97,14 +97,15 @@ def test_best_learning_rates_means_and_spreads(whole, kind):
             losses = [f"{loss + shift:.3f}" for shift in SEEDS.values()]
             assert float(row[2]) == lr
             assert row[3] == f"{loss + 0.001:.3f}"
-            assert row[4] == f"{losses[0]} to {losses[2]}"
-            assert row[5] == "0.012"  # sqrt((11^2 + 1^2 + 12^2) / 2) thousandths
-            assert row[6] == ", ".join(f"{seed}: {value}" for seed, value in zip(SEEDS, losses, strict=True))
-            assert row[8].startswith("lowest") == (name == "MERIT")
+            assert row[4] == f"{loss + (0.0 + 0.013) / 2:.3f}"  # seeds 2 and 3: the choice was made on seed 1
+            assert row[5] == f"{losses[0]} to {losses[2]}"
+            assert row[6] == "0.012"  # sqrt((11^2 + 1^2 + 12^2) / 2) thousandths
+            assert row[7] == ", ".join(f"{seed}: {value}" for seed, value in zip(SEEDS, losses, strict=True))
+            assert row[9].startswith("lowest") == (name == "MERIT")
 
 
 def test_overlapping_ranges_are_not_separated(whole):
-    rows = {(row[1], row[0]): row[8] for row in whole[0].tables[BEST]}
+    rows = {(row[1], row[0]): row[9] for row in whole[0].tables[BEST]}
     assert rows["MERIT-W", "64"] == "not separated"  # 0.013 apart, ranges of 0.023
     assert rows["maxLAMB", "256"] == ""  # 0.030 apart
 
@@ -113,7 +114,8 @@ def test_best_at_the_edge_of_the_grid_is_warned_of(whole):
     page, text = whole
     warning = "MERIT-W: the best learning rate 0.04 is the highest one tried; a higher one may be better."
     assert f"batch 1,024, {warning}" in page.text
-    assert page.text.count("one tried") == text.count("one tried") == 1
+    assert "0.045 below MERIT-W (MERIT-W's best learning rate is the highest one tried)" in text
+    assert page.text.count("one tried") == text.count("one tried") == 2
 
 
 def test_diverged_and_failed_runs_are_listed_and_escaped(whole):
@@ -229,7 +231,7 @@ def test_single_run(tmp_path):
     write_run(tmp_path / "one", optimizer="AdamW", batch=64, lr=2e-3, seed=1, telemetry=True)
     page, text = report(tmp_path / "one")
     assert page.tables[BEST][1][:5] == ["64", "AdamW", "0.002", "1.610", "-"]
-    assert page.tables[BEST][1][8] == "lowest; one seed; only lr tried"
+    assert page.tables[BEST][1][9] == "lowest; one seed; only lr tried"
     assert "one learning rate was tried (0.002), so it is not tuned" in text
     assert not page.ids & {"sensitivity", "steps", "ablations", "clipped-share"}
     assert page.ids >= {"curves", "max-attention-logit", "cost"}
@@ -288,7 +290,7 @@ def test_a_point_of_two_studies_counts_once(tmp_path):
     write_run(tmp_path / "second", optimizer="MERIT", batch=64, lr=1e-2, seed=2)
     main([str(tmp_path / "first"), str(tmp_path / "second"), "--output", str(tmp_path / "out")])
     page = Page(tmp_path / "out" / "report.html")
-    assert page.tables[BEST][1][6] == "1: 1.575, 2: 1.585"
+    assert page.tables[BEST][1][7] == "1: 1.575, 2: 1.585"
     assert "Not counted, since they repeat a point of an earlier study: second/MERIT-b64-lr0.01-s1." in page.text
     assert any(link == "../second/runs/MERIT-b64-lr0.01-s2/" for link in page.links)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from merit_ds.lab.report_listing import leader_text
 from merit_ds.lab.report_statistics import (
     Best,
     Crossing,
@@ -41,6 +42,8 @@ def test_best_lr_is_chosen_on_the_seeds_of_the_whole_grid():
     best = best_lr([Outcome(*one) for one in grid])
     assert best == Best(lr=0.02, losses={1: 1.9, 3: 2.5}, chosen_on=(1,), edge=None, left_out=())
     assert best.summary.mean == 2.2
+    assert best.fresh.mean == 2.5  # of seed 3, which did not choose
+    assert best_lr([Outcome(0.02, 1, 1.9)]).fresh is None
 
 
 def test_best_lr_over_several_common_seeds():
@@ -86,6 +89,34 @@ def test_equal_losses_take_the_lower_learning_rate():
 def test_winner_has_lost_no_seed():
     assert winner({"a": summarize([1.0, INF]), "b": summarize([2.0]), "c": summarize([1.9, 2.3])}) == "b"
     assert winner({"a": summarize([INF])}) is None
+
+
+def tuned(*losses, edge=None):
+    """Chosen on seed 1."""
+    return Best(lr=0.1, losses=dict(enumerate(losses, start=1)), chosen_on=(1,), edge=edge, left_out=())
+
+
+def test_leader_is_compared_with_optimizers_that_lost_no_seed():
+    """B is lower on the one seed that it kept; its mean says nothing of the other."""
+    sound, lost = tuned(2.0, 2.03), tuned(1.9, INF)
+    assert leader_text({"A": sound, "B": lost}) == "A alone lost no seed, 2.015 (not compared: B lost 1 of 2 seeds)"
+    assert leader_text({"A": sound, "B": lost, "C": tuned(2.2, 2.23)}) == (
+        "A has the lowest loss, 2.015, 0.200 below C (not compared: B lost 1 of 2 seeds)"
+    )
+    assert leader_text({"B": lost, "C": lost}) is None
+    assert leader_text({"A": sound}) is None
+
+
+def test_doubts_in_a_leader():
+    a, b = tuned(1.0, 1.4, edge="highest"), tuned(1.3, 1.3)
+    assert leader_text({"A": a, "B": b}) == (
+        "A has the lowest loss, 1.200, 0.100 below B (ranges over seeds overlap; A's best learning rate is the highest "
+        "one tried; on the fresh seeds B is ahead)"
+    )
+    assert "(B's best learning rate is the lowest one tried)" in leader_text(
+        {"A": tuned(1.0, 1.1), "B": tuned(2.0, 2.1, edge="lowest")}
+    )
+    assert leader_text({"A": tuned(1.0), "B": tuned(2.0)}).endswith("(not both with several seeds)")
 
 
 def test_overlap():

@@ -4,7 +4,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merit_ds.lab.figures import look
@@ -12,7 +12,7 @@ from merit_ds.lab.report_links import Links, anchor
 from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Details, Section, Table, cell
 from merit_ds.lab.report_runs import Run, Study, count_text, differences, number, shorten_paths
-from merit_ds.lab.report_statistics import overlaps, winner
+from merit_ds.lab.report_statistics import Best, overlaps, winner
 
 
 def overview_section(
@@ -49,25 +49,42 @@ def overview_section(
 
 
 def _leaders(batches: dict[int, dict[str, Tuned]]) -> list[str]:
-    lines = []
-    for batch, group in batches.items():
-        summaries = {name: one.best.summary for name, one in group.items() if one.best}
-        leader = winner(summaries)
-        if leader is None or len(summaries) < 2:
-            continue
-        others = {name: s for name, s in summaries.items() if name != leader and s.finite}
-        if not others:
-            continue
-        second = min(others, key=lambda name: others[name].mean)
-        gap = others[second].mean - summaries[leader].mean
-        unsure = overlaps(summaries[leader], others[second])
-        several = summaries[leader].finite > 1 and others[second].finite > 1
-        doubt = " (ranges over seeds overlap)" if unsure else "" if several else " (not both with several seeds)"
-        lines.append(
-            f"at batch {batch:,} {leader} has the lowest loss, {summaries[leader].mean:.3f}, "
-            f"{gap:.3f} below {second}{doubt}"
-        )
-    return lines
+    grids = {batch: {name: one.best for name, one in group.items() if one.best} for batch, group in batches.items()}
+    return [f"at batch {batch:,} {line}" for batch, found in grids.items() if (line := leader_text(found))]
+
+
+def leader_text(found: Mapping[str, Best]) -> str | None:
+    """Who has the lowest loss, by how much, and what speaks against it; None where there is nothing to compare.
+
+    Only optimizers that no seed lost are compared: the mean of the seeds that are left says nothing of the others.
+    """
+    summaries = {name: best.summary for name, best in found.items() if not best.summary.diverged}
+    leader = winner(summaries)
+    if leader is None or len(found) < 2:
+        return None
+    lost = [
+        f"{name} lost {b.summary.diverged} of {len(b.losses)} seeds" for name, b in found.items() if b.summary.diverged
+    ]
+    not_compared = f" (not compared: {', '.join(lost)})" if lost else ""
+    others = {name: summary for name, summary in summaries.items() if name != leader}
+    second = winner(others)
+    if second is None:
+        return f"{leader} alone lost no seed, {summaries[leader].mean:.3f}{not_compared}"
+    doubts = [
+        f"{name}'s best learning rate is the {edge} one tried"
+        for name in (leader, second)
+        if (edge := found[name].edge)
+    ]
+    if overlaps(summaries[leader], summaries[second]):
+        doubts.insert(0, "ranges over seeds overlap")
+    elif min(summaries[leader].finite, summaries[second].finite) == 1:
+        doubts.insert(0, "not both with several seeds")
+    fresh = {name: best.fresh for name, best in found.items() if name in summaries and best.fresh}
+    if len(fresh) == len(summaries) and (ahead := winner(fresh)) != leader:
+        doubts.append(f"on the fresh seeds {ahead} is ahead")
+    gap = summaries[second].mean - summaries[leader].mean
+    doubt = f" ({'; '.join(doubts)})" if doubts else ""
+    return f"{leader} has the lowest loss, {summaries[leader].mean:.3f}, {gap:.3f} below {second}{doubt}{not_compared}"
 
 
 def _mixtures(runs: Sequence[Run]) -> list[str]:

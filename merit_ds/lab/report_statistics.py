@@ -54,6 +54,12 @@ class Best:
     def summary(self) -> Summary:
         return summarize(self.losses.values())
 
+    @property
+    def fresh(self) -> Summary | None:
+        """Over the seeds that did not decide, so that the choice's luck is not in it; None if there is none."""
+        losses = [loss for seed, loss in self.losses.items() if seed not in self.chosen_on]
+        return summarize(losses) if losses else None
+
 
 def summarize(losses: Iterable[float]) -> Summary:
     """Mean, range and sample standard deviation of the finite losses.
