@@ -14,6 +14,7 @@ from merit_ds.lab.report_statistics import (
     best_lr,
     default_target,
     ideal_steps,
+    is_early,
     overlaps,
     paired_difference,
     signed,
@@ -145,6 +146,15 @@ def test_steps_to_loss():
     assert steps_to_loss(curve, 1.9) is None
     assert steps_to_loss(curve[1:], 3.5) == Crossing(10.0, at_most=True)
     assert steps_to_loss([], 3.0) is None
+
+
+def test_early_crossings():
+    """In the first tenth of 200 steps, or before the second measurement."""
+    curve = [(0, 5.0), (10, 4.0), (30, 2.0), (200, 1.0)]
+    assert [is_early(curve, Crossing(step, at_most=False)) for step in (20.0, 20.1)] == [True, False]
+    sparse = [(0, 5.0), (50, 3.0), (100, 2.0), (200, 1.0)]
+    assert [is_early(sparse, Crossing(step, at_most=False)) for step in (49.0, 51.0)] == [True, False]
+    assert is_early([(100, math.nan), (200, 1.0)], Crossing(200.0, at_most=True))
 
 
 def test_target_is_reached_by_all():

@@ -105,19 +105,23 @@ def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float
     return figure
 
 
-def draw_curves(curves: Mapping[int, Mapping[str, tuple[Curve, Curve]]]) -> Any:
-    """A panel for each batch: training loss, smoothed and thin, and validation loss with marks, for each optimizer."""
+def draw_curves(curves: Mapping[int, Mapping[str, tuple[int, Curve, Curve]]]) -> Any:
+    """A panel for each batch: training loss, smoothed and thin, and validation loss with marks, for each optimizer.
+
+    Args:
+        curves: batch to optimizer to the run's seed, training curve and validation curve.
+    """
     figure, every = panels(len(curves), height=3.4)
     for axes, (batch, by_name) in zip(every, curves.items(), strict=True):
         ends, seen = [], []
         for name in ordered(by_name):
-            training, validation = by_name[name]
+            seed, training, validation = by_name[name]
             smoothed = smooth([loss for _, loss in training], reach=max(1, len(training) // 25))
             axes.plot([s for s, _ in training], smoothed, color=look(name)[0], linewidth=0.9, alpha=0.55)
             axes.plot([s for s, _ in validation], [v for _, v in validation], **sparse(name, len(validation)))
             last = next(((s, v) for s, v in reversed(validation) if math.isfinite(v)), None)
             if last:
-                ends.append((f"{name} {last[1]:.3f}", last[0], last[1], ink(name)))
+                ends.append((f"{name} {last[1]:.3f} (seed {seed})", last[0], last[1], ink(name)))
             seen += [(s, v) for s, v in (*validation, *zip((s for s, _ in training), smoothed, strict=True))]
         _zoom(axes, seen)
         axes.set_title(f"batch {batch:,}")

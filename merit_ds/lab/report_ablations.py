@@ -7,10 +7,11 @@ from functools import partial
 from merit_ds.lab import figures_loss
 from merit_ds.lab.figures import look, ordered
 from merit_ds.lab.report_links import Links
-from merit_ds.lab.report_loss import Tuned, by_family, outcomes, seeds_cell, slug
+from merit_ds.lab.report_loss import Tuned, by_family, outcomes, seeds_cell
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Family, Run
 from merit_ds.lab.report_statistics import Best, Summary, best_lr, losses_by_lr, paired_difference, signed, summarize
+from merit_ds.lab.study import slug
 
 
 def ablations_section(runs: Sequence[Run], tuned: Sequence[Tuned], links: Links) -> Section | None:

@@ -2,17 +2,21 @@
 """The report's sections that compare runs at their best learning rates: steps to a loss, and curves."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 
 from merit_ds.lab import figures_loss
 from merit_ds.lab.figures import look
 from merit_ds.lab.report_links import Links
-from merit_ds.lab.report_loss import Tuned, by_family, slug
+from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Family, Run
-from merit_ds.lab.report_statistics import Crossing, default_target, ideal_steps, steps_to_loss
+from merit_ds.lab.report_statistics import Crossing, default_target, ideal_steps, is_early, steps_to_loss
+from merit_ds.lab.study import slug
+
+Found = Mapping[tuple[str, int], tuple[Crossing | None, Sequence[tuple[Run, Crossing | None]]]]
+"""Optimizer and batch to the mean crossing and each seed's."""
 
 
 def steps_section(tuned: Sequence[Tuned], links: Links, *, target: float | None) -> Section | None:
@@ -34,6 +38,7 @@ def steps_section(tuned: Sequence[Tuned], links: Links, *, target: float | None)
         if goal is None or len(batches) < 2:
             continue
         found = {(t.optimizer, batch): _crossings(t, goal) for batch, g in batches.items() for t in g.values()}
+        section.warnings += _early_warning(family, found, goal)
         crossings: dict[str, dict[int, Crossing]] = {}
         for (name, batch), (crossing, _) in found.items():
             if crossing:
@@ -46,7 +51,8 @@ def steps_section(tuned: Sequence[Tuned], links: Links, *, target: float | None)
             Plot(
                 f"steps-{slug(family.title)}",
                 f"{family.title}: steps to a validation loss of {goal:g} ({why}) against batch; mean over seeds. “≤”: "
-                "the first evaluation already lay below. Beside the paper's figure 1.",
+                "the first evaluation already lay below. The dashed line starts at the fewest steps of any optimizer "
+                "at the smallest batch. Beside the paper's figure 1.",
                 partial(figures_loss.draw_steps, crossings, target=goal),
             )
         )
@@ -68,10 +74,24 @@ def _crossings(one: Tuned, target: float) -> tuple[Crossing | None, list[tuple[R
     return Crossing(fmean(c.step for c in reached), any(c.at_most for c in reached)), each
 
 
+def _early_warning(family: Family, found: Found, goal: float) -> list[str]:
+    early: dict[str, list[str]] = {}
+    for (name, batch), (_, each) in found.items():
+        if any(crossing and is_early(run.curve("valid_loss"), crossing) for run, crossing in each):
+            early.setdefault(name, []).append(f"{batch:,}")
+    if not early:
+        return []
+    where = "; ".join(f"{name} at batch {', '.join(batches)}" for name, batches in early.items())
+    return [
+        f"{family.title}: {where}: a loss of {goal:g} is passed in the first tenth of the run or before its second "
+        "evaluation, where steps say little of how well it trains; give a lower --target-loss."
+    ]
+
+
 def _steps_table(
     family: Family,
     batches: dict[int, dict[str, Tuned]],
-    found: dict[tuple[str, int], tuple[Crossing | None, list[tuple[Run, Crossing | None]]]],
+    found: Found,
     goal: float,
     links: Links,
 ) -> Table:
@@ -122,7 +142,9 @@ def curves_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         for batch, group in batches.items():
             shown = {name: one.shown for name, one in group.items()}
             curves[batch] = {
-                name: (run.curve("loss"), run.curve("valid_loss")) for name, run in shown.items() if run and run.metrics
+                name: (run.seed, run.curve("loss"), run.curve("valid_loss"))
+                for name, run in shown.items()
+                if run and run.metrics
             }
         curves = {batch: found for batch, found in curves.items() if found}
         if not curves:
@@ -130,7 +152,7 @@ def curves_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         section.parts.append(
             Plot(
                 f"curves-{slug(family.title)}",
-                f"{family.title}: loss against steps, a panel for each batch; at the end the final validation loss.",
+                f"{family.title}: loss against steps, a panel for each batch; at the end this one run's final validation loss and its seed.",
                 partial(figures_loss.draw_curves, curves),
             )
         )

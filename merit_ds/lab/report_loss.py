@@ -2,7 +2,6 @@
 """The report's first sections: what each optimizer's grid chose and gave, and how much the learning rate matters."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from merit_ds.lab.report_statistics import (
     signed,
     winner,
 )
+from merit_ds.lab.study import slug
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ def by_family(tuned: Sequence[Tuned]) -> dict[Family, dict[int, dict[str, Tuned]
     for one in tuned:
         found.setdefault(one.family, {}).setdefault(one.batch, {})[one.optimizer] = one
     return found
-
-
-def slug(text: str) -> str:
-    """Text as a part of a file's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.casefold()).strip("-") or "x"
 
 
 def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:

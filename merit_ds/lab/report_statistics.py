@@ -185,6 +185,15 @@ def steps_to_loss(curve: Iterable[tuple[int, float]], target: float) -> Crossing
     return None
 
 
+def is_early(curve: Sequence[tuple[int, float]], crossing: Crossing) -> bool:
+    """Whether the crossing lies in the first tenth of the run or before the second measurement with a finite loss.
+
+    There the loss falls so steeply that a straight line between two measurements says little of the step.
+    """
+    steps = [step for step, loss in curve if math.isfinite(loss)]
+    return crossing.at_most or crossing.step <= max(steps[min(1, len(steps) - 1)], 0.1 * curve[-1][0])
+
+
 def default_target(final_losses: Iterable[float]) -> float | None:
     """The worst of the finite losses, rounded up to 3 decimals: the lowest loss that all of these runs reach."""
     finite = [loss for loss in final_losses if math.isfinite(loss)]

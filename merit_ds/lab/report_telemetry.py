@@ -13,9 +13,10 @@ from merit_ds.lab import figures_telemetry
 from merit_ds.lab.figures import look, ordered
 from merit_ds.lab.figures_telemetry import LayerMap
 from merit_ds.lab.report_links import Links
-from merit_ds.lab.report_loss import Tuned, by_family, slug
+from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Run, number
+from merit_ds.lab.study import slug
 
 _LAYER = re.compile(r"layers?\.(\d+)\.")
 _VECTOR = re.compile(r"norm|bias")
