@@ -115,8 +115,12 @@ def test_shares_count_by_the_elements_of_their_parameters():
 
 
 def test_a_share_that_says_nothing_is_known():
+    """Where a norm alone is clipped, something is."""
     quantities = {quantity.key: quantity for quantity in QUANTITIES}
-    zeros, ones, mixed = (LayerMap([1, 2], [[a], [b]], note="") for a, b in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0)))
-    assert [is_trivial(one, quantities["clipped_share"]) for one in (zeros, ones, mixed)] == [True, False, False]
-    assert [is_trivial(one, quantities["whole_share"]) for one in (zeros, ones, mixed)] == [False, True, False]
+    values = ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0))
+    zeros, ones, mixed = (
+        [{key: {"layers.0.norm": a, "layers.0.weight": b} for key in quantities}, {"iteration": 9}] for a, b in values
+    )
+    assert [is_trivial(rows, quantities["clipped_share"]) for rows in (zeros, ones, mixed)] == [True, False, False]
+    assert [is_trivial(rows, quantities["whole_share"]) for rows in (zeros, ones, mixed)] == [False, True, False]
     assert not is_trivial(zeros, quantities["l2_max_gap"])

@@ -163,12 +163,12 @@ def test_steps_to_a_loss(whole):
     rows = page.tables["0.8M, 9.83 M tokens: steps to a validation loss of 2.163"]
     found = {(row[1], row[0]): row for row in rows}
     assert found["AdamW", "1,024"][4].endswith("3: 75")  # its last step
-    ideal = [float(found["MERIT", "64"][3].replace(",", "")) * 64 / batch for batch in (256, 1024)]
-    taken = [float(found["MERIT", batch][3]) for batch in ("256", "1,024")]
-    assert taken[1] < 20
-    for batch, best, steps in zip(("256", "1,024"), ideal, taken, strict=True):
-        assert float(found["MERIT", batch][5][:-1]) == pytest.approx(100 * best / steps, abs=4)
-        assert best / steps < 0.95
+    assert float(found["MERIT", "1,024"][3]) < 20
+    for name in ("AdamW", "MERIT"):
+        ideal, taken = (float(found[name, batch][3].replace(",", "")) for batch in ("64", "1,024"))
+        share = 100 * ideal * 64 / 1024 / taken  # a step's rounding is 3 % of the fewest ones
+        assert float(found[name, "1,024"][5][:-1]) == pytest.approx(share, rel=0.04)
+    assert float(found["AdamW", "1,024"][5][:-1]) < 50
     assert found["MERIT", "64"][5] == "100%"
 
 
@@ -350,19 +350,12 @@ def test_target_loss(tmp_path):
     main([str(tmp_path / "goal"), "--target-loss", "2.5"])
     page = Page(tmp_path / "goal" / "report" / "report.html")
     assert "0.8M, 9.83 M tokens: steps to a validation loss of 2.5" in page.tables
-    assert "second evaluation" not in page.text  # it is passed at a tenth and later
-    early, text = (
-        steps_to_loss_of(tmp_path / "goal", 4.5),
-        "MERIT at batch 64, 256: a loss of 4.5 is passed in the first",
-    )
-    assert text in early
+    tuned = tune(read_study(tmp_path / "goal").runs)
+    (warning,) = steps_section(tuned, Links(tmp_path), target=4.5).warnings
+    assert "MERIT at batch 64, 256: a loss of 4.5 is passed in the first tenth" in warning
+    assert steps_section(tuned, Links(tmp_path), target=2.2).warnings == []  # passed after 15 % of the run
     main([str(tmp_path / "goal"), "--target-loss", "1"])
     assert "no run reaches a validation loss of 1." in Page(tmp_path / "goal" / "report" / "report.html").text
-
-
-def steps_to_loss_of(study, target):
-    section = steps_section(tune(read_study(study).runs), Links(study), target=target)
-    return section.warnings[0]
 
 
 def test_errors(tmp_path, capsys):

@@ -121,7 +121,7 @@ def draw_curves(curves: Mapping[int, Mapping[str, tuple[int, Curve, Curve]]]) ->
             axes.plot([s for s, _ in validation], [v for _, v in validation], **sparse(name, len(validation)))
             last = next(((s, v) for s, v in reversed(validation) if math.isfinite(v)), None)
             if last:
-                ends.append((f"{name} {last[1]:.3f} (seed {seed})", last[0], last[1], ink(name)))
+                ends.append((f"{name} {last[1]:.3f} ({seed})", last[0], last[1], ink(name)))
             seen += [(s, v) for s, v in (*validation, *zip((s for s, _ in training), smoothed, strict=True))]
         _zoom(axes, seen)
         axes.set_title(f"batch {batch:,}")

@@ -152,7 +152,8 @@ def curves_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         section.parts.append(
             Plot(
                 f"curves-{slug(family.title)}",
-                f"{family.title}: loss against steps, a panel for each batch; at the end this one run's final validation loss and its seed.",
+                f"{family.title}: loss against steps, a panel for each batch; at the end this run's final validation "
+                "loss, in brackets its seed.",
                 partial(figures_loss.draw_curves, curves),
             )
         )

@@ -41,7 +41,7 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     for (model, batch, device), group in sorted(groups.items()):
         seconds = {name: median(_seconds(run) or 0.0 for run in group[name]) for name in ordered(group)}
         ratios = ratios_to_adamw(seconds, alone={name for name in group if all(_jobs(r) == 1 for r in group[name])})
-        where = f"{model}, batch {batch:,}" + (f"\n{device}" if len({d for _, _, d in groups}) > 1 else "")
+        where = f"{model}\nbatch {batch:,}" + (f", {device}" if len({d for _, _, d in groups}) > 1 else "")
         drawn[where] = {name: (seconds[name], ratios[name]) for name in seconds}
         rows += [_row(model, batch, device, n, group[n], seconds[n], ratios[n], links) for n in seconds]
     caption = "Seconds a step by optimizer, and the ratio to AdamW's in the same panel. Beside the paper's table 2."

@@ -116,8 +116,8 @@ def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Sectio
         rows, shown = [], {}
         for batch, group in batches.items():
             runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
-            maps = {name: layer_map(run, quantity) for name, run in runs.items()}
-            maps = {name: one for name, one in maps.items() if not is_trivial(one, quantity)}
+            drawn = {name: run for name, run in runs.items() if not is_trivial(run.telemetry, quantity)}
+            maps = {name: layer_map(run, quantity) for name, run in drawn.items()}
             if maps:
                 shown[batch] = maps
                 name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
@@ -140,7 +140,7 @@ def _tell_gaps(section: Section, where: str, batches: dict[int, dict[str, Tuned]
             run = _sampled(one, quantity)
             if run is None:
                 missing.setdefault(name, []).append(f"{batch:,}")
-            elif is_trivial(layer_map(run, quantity), quantity):
+            elif is_trivial(run.telemetry, quantity):
                 trivial.setdefault(name, []).append(f"{batch:,}")
             elif quantity.share and not all(_sizes(row, quantity) for row in run.telemetry if row.get(quantity.key)):
                 unsized.setdefault(name, []).append(f"{batch:,}")
@@ -159,9 +159,10 @@ def _where(batches: dict[str, list[str]]) -> str:
     return "; ".join(f"{name} at batch {', '.join(batches[name])}" for name in ordered(batches))
 
 
-def is_trivial(one: LayerMap, quantity: Quantity) -> bool:
-    """Whether every sample has the value that says that the optimizer lacks what is measured."""
-    return quantity.trivial is not None and all(value == quantity.trivial for row in one.values for value in row)
+def is_trivial(rows: Sequence[dict[str, Any]], quantity: Quantity) -> bool:
+    """Whether every parameter's every sample has the value that says that the optimizer lacks what is measured."""
+    samples = [row[quantity.key] for row in rows if row.get(quantity.key)]
+    return quantity.trivial is not None and all(v == quantity.trivial for by in samples for v in by.values())
 
 
 def _sizes(row: dict[str, Any], quantity: Quantity) -> dict[str, int] | None:
