@@ -291,6 +291,14 @@ def test_not_finite_numbers_and_a_cut_line(tmp_path):
     assert page.tables["0.8M, 9.83 M tokens: max attention logit"][1][5] == "3 to 3"
 
 
+def test_a_line_that_is_not_json_is_refused(tmp_path):
+    run = write_run(tmp_path / "torn", optimizer="MERIT", batch=64, lr=1e-2, seed=1)
+    (run / "metrics.jsonl").write_text('{"iter\n{"iteration": 1}\n')
+    (read,) = read_study(tmp_path / "torn").runs
+    with pytest.raises(InputError, match=r"metrics\.jsonl: a line is not JSON"):
+        read.curve("loss")
+
+
 def test_a_point_of_two_studies_counts_once(tmp_path):
     for name in ("first", "second"):
         write_run(tmp_path / name, optimizer="MERIT", batch=64, lr=1e-2, seed=1)
