@@ -150,7 +150,8 @@ def test_what_is_kept_names_no_folder_of_this_machine(done, tmp_path):
     kinds = {Path(name).name for name in names}
     assert kinds == {
         *(".gitignore", "study.yaml", "data.json", "results.jsonl", "tuning.json"),
-        *("recipe.yaml", "deepspeed.json", "run.json", "metrics.jsonl", "loss.png", "result.json"),
+        *("recipe.yaml", "deepspeed.json", "run.json", "metrics.jsonl", "telemetry.jsonl"),
+        *("loss.png", "result.json"),
     }
     forbidden = [str(output.parent), str(REPOSITORY), sys.prefix, str(Path.home()) + "/", socket.getfqdn() + "."]
     for name in names:
