@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from merit_ds.ops.merit_rule import advance
 from merit_ds.ops.rule import L2, MAX, Moments, Norm, Norms, Rule
 from merit_ds.ops.table import by_kind, host_lr
 from merit_ds.sharded import ShardedOptimizer
@@ -57,9 +58,7 @@ class LambRule(Rule):
     def accumulate(
         self, weight: Tensor, grad: Tensor, moments: Moments, hyper: LambScalars, *, measured: bool
     ) -> Tensor | None:
-        m, v = moments
-        m.mul_(hyper.beta1).add_(grad * hyper.one_minus_beta1)
-        v.mul_(hyper.beta2).add_((grad * grad).mul_(hyper.one_minus_beta2))
+        advance(moments, grad, hyper)
         return self.update(weight, grad, moments, hyper) if measured else None
 
     def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: LambScalars, norms: Norms | None) -> Tensor:

@@ -63,6 +63,9 @@ class ScionRule(Rule):
     def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Any, norms: Norms | None) -> Tensor:
         raise UnsupportedError("MeritScion steps whole matrices only")
 
+    def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Any) -> Tensor:
+        raise UnsupportedError("MeritScion steps whole matrices only")
+
 
 class ScionStepper(Stepper):
     """Steps matrix by matrix: ranks that hold pieces of one put its momentum together, and each steps its own."""

@@ -16,6 +16,13 @@ from merit_ds.ops.rule import MAX, Moments, Norm, Norms, Rule
 from merit_ds.ops.table import Scalars, scalars_of
 
 
+def advance(moments: Moments, grad: Tensor, hyper: Any) -> None:
+    """The first and the second moment of a gradient [rows, cols], in place: Adam's, MERIT's and LAMB's."""
+    m, v = moments
+    m.mul_(hyper.beta1).add_(grad * hyper.one_minus_beta1)
+    v.mul_(hyper.beta2).add_((grad * grad).mul_(hyper.one_minus_beta2))
+
+
 @dataclass(frozen=True)
 class MeritRule(Rule):
     """w -= lr * clip(s * u), with the ratios of row, column and whole weight by some norm."""
@@ -32,9 +39,7 @@ class MeritRule(Rule):
     def accumulate(
         self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Scalars, *, measured: bool
     ) -> Tensor | None:
-        m, v = moments
-        m.mul_(hyper.beta1).add_(grad * hyper.one_minus_beta1)
-        v.mul_(hyper.beta2).add_((grad * grad).mul_(hyper.one_minus_beta2))
+        advance(moments, grad, hyper)
         return self.update(weight, grad, moments, hyper) if measured else None
 
     def apply(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Scalars, norms: Norms | None) -> Tensor:

@@ -161,6 +161,6 @@ class Rule(ABC):
         """What scales the update: float32, [rows, cols], or a scalar where the whole weight's norms count alone."""
         return trust_ratio(norms)
 
+    @abstractmethod
     def update(self, weight: Tensor, grad: Tensor, moments: Moments, hyper: Any) -> Tensor:
         """Between the passes: u, what ratio, clip and learning rate will be applied to. For inspection."""
-        raise NotImplementedError

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baselines as optimizers: saved states, settings, steps that are left out, a look into a step."""
+
+import copy
+
+import pytest
+import torch
+from baseline_cases import BASELINES, STEPS, gradients, model, train
+
+import merit_ds
+from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritScion, MeritSophiaG, MeritW
+from merit_ds.errors import UnsupportedError
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_saved_state_goes_on_bitwise(kind):
+    straight, stopped = model(), model()
+    train(kind(straight, 0.01), straight)
+    first = kind(stopped, 0.01)
+    train(first, stopped, steps=range(2))
+    second = kind(stopped, 0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(second, stopped, steps=range(2, STEPS))
+    assert all(torch.equal(one, other) for one, other in zip(straight, stopped, strict=True))
+    assert second.param_groups[0]["step"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (MeritLAMB, {"bias_correction": 1}, "bias_correction=1"),
+        (MeritLARS, {"momentum": 1.0}, "momentum=1.0"),
+        (MeritSophiaG, {"hessian_interval": 0.5}, "hessian_interval=0.5"),
+        (MeritScion, {"radius": 0}, "radius=0"),
+        (MeritScion, {"alpha": 0.0}, "alpha=0.0"),
+        (Merit, {"norm": "l1"}, "norm='l1'"),
+        (Merit, {"whole_bound": None}, "whole_bound=None"),
+    ],
+)
+def test_bad_settings_are_named(kind, settings, message):
+    with pytest.raises(ValueError, match=f"{kind.__name__}: {message}"):
+        kind(model(), 0.01, **settings)
+
+
+def test_every_type_is_registered():
+    for kind in (Merit, *BASELINES):
+        assert getattr(torch.optim, kind.__name__) is kind is getattr(merit_ds, kind.__name__)
+
+
+def test_a_step_that_is_left_out_does_not_count_for_the_correction():
+    weights, straight = model(), model()
+    optimizer = MeritLAMB(weights, 0.02)
+    for flag in (1.0, 1.0, 0.0):
+        optimizer.found_inf = torch.tensor(flag)
+        train(optimizer, weights, steps=[0])
+    train(MeritLAMB(straight, 0.02), straight, steps=[0])
+    assert all(torch.equal(one, other) for one, other in zip(weights, straight, strict=True))
+
+
+def test_a_weight_without_a_gradient_keeps_its_own_count():
+    first, second = model()[:2]
+    optimizer = MeritLAMB([first, second], 0.02)
+    for step in range(3):
+        first.grad = gradients([first], step)[0]
+        second.grad = gradients([second], 2)[0] if step == 2 else None
+        optimizer.step()
+    alone = model()[1]
+    alone.grad = gradients([alone], 2)[0]
+    MeritLAMB([alone], 0.02).step()
+    assert torch.equal(second, alone)
+
+
+@pytest.mark.parametrize(("kind", "lr"), [(MeritLARS, 1.0), (MeritLAMB, 0.02), (MeritSophiaG, 0.01), (MeritLion, 0.01)])
+def test_a_look_into_the_step_shows_what_is_applied(kind, lr):
+    """The change of a weight is lr * ratio * update, as observed; LARS without momentum."""
+    weight = model()[0]
+    optimizer = kind([weight], lr, **({"momentum": 0.0} if kind is MeritLARS else {}))
+    train(optimizer, [weight], steps=[0])
+    seen = []
+    optimizer.inspect = lambda pieces: seen.extend(piece._replace(weight=piece.weight.clone()) for piece in pieces)
+    before = weight.detach().clone()
+    train(optimizer, [weight], steps=[1])
+    (piece,) = seen
+    assert torch.equal(piece.weight, before) and piece.owner is weight
+    torch.testing.assert_close(weight.detach(), before - lr * piece.ratio * piece.update)
+
+
+def test_scion_refuses_a_look_and_goes_on_without():
+    weights = model()
+    optimizer = MeritScion(weights, 0.01)
+    optimizer.inspect = print
+    with pytest.raises(UnsupportedError, match="no trust ratios"):
+        train(optimizer, weights, steps=[0])
+    optimizer.inspect = None
+    train(optimizer, weights, steps=[0])
+
+
+def test_torchs_way_to_create_state_is_no_step_without_an_estimate():
+    """torch.distributed.checkpoint.state_dict steps with zero gradients and lr 0 before it loads a state."""
+    weights = model()
+    optimizer = MeritSophiaG(weights, 0.0)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(weights, model(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "message"),
+    [
+        (MeritW, Merit, "elementwise=True"),
+        (MeritLion, Merit, "has exp_avg_sq"),
+        (Merit, MeritLion, "no betas|no clip|no exp_avg_sq"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused(kind, other, message):
+    weights = model()
+    saved = other(weights, 0.01)
+    train(saved, weights, steps=[0])
+    state = saved.state_dict()
+    if kind is MeritLion:
+        state["param_groups"] = MeritLion(weights, 0.01).state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=message):
+        kind(weights, 0.01).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [({"norm": "l2"}, "norm is one for all groups"), ({"elementwise": False, "whole_bound": False}, "both False")],
+)
+def test_groups_that_would_be_taken_otherwise_than_meant_are_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        Merit([{"params": model(), **group}], 0.01)
+    if "norm" not in group:
+        return
+    with pytest.raises(ValueError, match="elementwise=True"):
+        MeritW([{"params": model(), "elementwise": True}], 0.01)
