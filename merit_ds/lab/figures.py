@@ -2,7 +2,8 @@
 """How the report's pictures look: one colour and mark for each optimizer, readable axes, labels that do not collide."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind tell apart, and four more that differ in lightness; the mark is a
@@ -205,26 +206,35 @@ def _size(name: str) -> float:
     return 9.0 if look(name)[1] == "*" else 5.5
 
 
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#9aa3af",
+    "axes.labelcolor": "#30363f",
+    "xtick.color": "#30363f",
+    "ytick.color": "#30363f",
+    "legend.fontsize": 9,
+    "savefig.dpi": 150,
+    "figure.dpi": 150,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw within: pictures look like the report's, and matplotlib's settings are what they were afterwards."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        yield
+
+
 def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.edgecolor": "#9aa3af",
-            "axes.labelcolor": "#30363f",
-            "xtick.color": "#30363f",
-            "ytick.color": "#30363f",
-            "legend.fontsize": 9,
-            "savefig.dpi": 150,
-            "figure.dpi": 150,
-        }
-    )
     return pyplot

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from merit_ds.errors import InputError
-from merit_ds.lab.figures import to_png
+from merit_ds.lab.figures import styled, to_png
 from merit_ds.lab.report_ablations import ablations_section
 from merit_ds.lab.report_comparisons import curves_section, steps_section
 from merit_ds.lab.report_cost import cost_section
@@ -45,7 +45,8 @@ def write_report(folders: Sequence[Path], *, output: Path, target_loss: float | 
     sections = build_sections(studies, Links(output), target_loss=target_loss)
     output.mkdir(parents=True, exist_ok=True)
     plots = [part for section in sections for part in section.parts if isinstance(part, Plot)]
-    images = {plot.name: to_png(plot.draw()) for plot in tqdm(plots, desc="drawing", unit="picture", leave=False)}
+    with styled():
+        images = {plot.name: to_png(plot.draw()) for plot in tqdm(plots, desc="drawing", unit="picture", leave=False)}
     for name, png in images.items():
         (output / f"{name}.png").write_bytes(png)
     title = "Large-batch laboratory: " + ", ".join(dict.fromkeys(study.name for study in studies))
