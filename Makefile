@@ -1,6 +1,7 @@
 # make train   pre-train a small GPT with Merit under ZeRO-2 on this machine, from real text to sample text
 # make test    everything that is checked before a change lands
 # make test-full   that, and the tests marked full, with every cell of docs/sharding.md, which it writes anew
+# make test-cluster  several hosts, made of namespaces by root: the launcher over ssh, and what may break
 # make test-gpu    where there is a GPU: the CUDA kernels against the formula, and how near they are to the memory's limit
 # RANKS=1 make train, PYTHON=python3.12 make test, ... change the defaults below.
 PYTHON ?= python3
@@ -17,7 +18,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: train test test-full test-gpu lint clean
+.PHONY: train test test-full test-cluster test-gpu lint clean
 
 train: $(VENV)/ready data/wiki.json
 	deepspeed --num_gpus $(RANKS) pretrain_gpt.py --config configs/quickstart.yaml --load runs/quickstart
@@ -31,7 +32,10 @@ test-gpu: $(VENV)/ready
 	python benchmarks/optimizer_step.py --device cuda --rounds 50
 
 test-full: $(VENV)/ready lint
-	python -m pytest -m ""
+	python -m pytest -m "not cluster"
+
+test-cluster: $(VENV)/ready
+	python -m pytest -m cluster tests/cluster
 
 lint: $(VENV)/ready
 	ruff check
