@@ -15,6 +15,7 @@ from types import FrameType
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
 from merit_ds.training.config import Config
 from merit_ds.training.plan import make_plan
+from merit_ds.training.watch import Watch
 
 
 def main() -> None:
@@ -29,18 +30,19 @@ def pretrain(config: Config) -> None:
     plan = make_plan(config)
     # Until the training loop takes signals over: a SIGTERM must not leave the lock of a build behind.
     signal.signal(signal.SIGTERM, leave)
-    # Megatron-core and DeepSpeed take many seconds to import: what can be refused without them has been refused.
-    from merit_ds.training import setup
-    from merit_ds.training.trainer import Trainer
+    with Watch(plan) as watch:
+        # Megatron-core and DeepSpeed take many seconds to import: what can be refused without them has been refused.
+        from merit_ds.training import setup
+        from merit_ds.training.trainer import Trainer
 
-    setup.start_distributed(plan)
-    data = setup.open_data(plan)
-    model = setup.build(plan, data)
-    engine = setup.wrap(plan, model)
-    trainer = Trainer(engine, plan, data)
-    trainer.resume()
-    trainer.train()
-    trainer.close()
+        setup.start_distributed(plan)
+        data = setup.open_data(plan)
+        model = setup.build(plan, data)
+        engine = setup.wrap(plan, model)
+        trainer = Trainer(engine, plan, data, watch)
+        trainer.resume()
+        trainer.train()
+        trainer.close()
 
 
 def leave(signum: int, frame: FrameType | None) -> None:

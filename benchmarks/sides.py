@@ -18,6 +18,7 @@ from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.model import padded_vocab
 from merit_ds.training.plan import Plan
 from merit_ds.training.trainer import Trainer
+from merit_ds.training.watch import Watch
 
 PARTS = ("forward", "backward", "step")
 
@@ -56,7 +57,7 @@ def build_sides(plan: Plan) -> dict[str, Side]:
 
 def _trainer(plan: Plan, data: setup.Data) -> Side:
     engine = setup.wrap(plan, setup.build(plan, data))
-    trainer = Trainer(engine, plan, data)
+    trainer = Trainer(engine, plan, data, Watch(plan))
     return Side(partial(trainer_step, trainer), engine, _trainable(engine.module))
 
 

@@ -104,13 +104,14 @@ def _compare(settings: Settings, folder: Path) -> None:
     from merit_ds.telemetry.values import VALUES
     from merit_ds.training import setup
     from merit_ds.training.trainer import Trainer
+    from merit_ds.training.watch import Watch
 
     config = load_config(settings.recipe, overrides=[*settings.overrides, f"run.save={folder}", "run.load=null"])
     plan = make_plan(config)
     setup.start_distributed(plan)
     data = setup.open_data(plan)
     engine = setup.wrap(plan, setup.build(plan, data))
-    trainer = Trainer(engine, plan, data)
+    trainer = Trainer(engine, plan, data, Watch(plan))
     record = partial(add_row, folder / "telemetry.jsonl")
     telemetry = Telemetry(engine, wanted=VALUES, interval=1, device=plan.device, record=record)
 

@@ -21,6 +21,7 @@ from merit_ds.training.plan import make_plan
 from merit_ds.training.sample import sample_text
 from merit_ds.training.tokenizer import build_tokenizer
 from merit_ds.training.trainer import Trainer
+from merit_ds.training.watch import Watch
 
 CONTEXT = 16
 LLAMA = {
@@ -137,7 +138,7 @@ def train_run(run: Run, folder: Path, *settings: str) -> dict[str, Any]:
         setup.start_distributed(plan)
         data = setup.open_data(plan)
         engine = setup.wrap(plan, setup.build(plan, data))
-        trainer = Trainer(engine, plan, data)
+        trainer = Trainer(engine, plan, data, Watch(plan))
         trainer.resume()
         before = float32_weights(engine.module)
         trainer.train()

@@ -141,6 +141,11 @@ def train(rank: int, runs: list[Run], folder: Path) -> dict[str, Any]:
     return {run.name: train_run(run, folder) for run in runs}
 
 
+def elsewhere(folder: Path) -> str:
+    """The setting of a run that saves to another folder than it continues from: nothing is converted in that."""
+    return f"run.save={folder / 'elsewhere'}"
+
+
 def train_in_pairs(rank: int, folder: Path) -> dict[str, Any]:
     """Each kind of run to its end, then again from step 4 on; the float32 weights at that step."""
     train(rank, [new_run(kind, split, zero) for kind, (zero, split) in KINDS.items()], folder)
@@ -150,19 +155,20 @@ def train_in_pairs(rank: int, folder: Path) -> dict[str, Any]:
         for run, kind in (*zip(again, KINDS, strict=True), (whole_layers, "tensor")):
             place(folder, run, copy=(kind, 4))
     dist.barrier()
-    refusal = message(lambda: train_run(whole_layers, folder))
+    refusal = message(lambda: train_run(whole_layers, folder, elsewhere(folder)))
     assert "saved with tensor_parallel 2, this run has 1; convert it by" in refusal
     return {kind: train(rank, [run], folder)[run.name]["before"] for kind, run in zip(KINDS, again, strict=True)}
 
 
 def train_alone(rank: int, folder: Path) -> dict[str, Any]:
-    """From step 4 on: refused, until the command that the refusal names has converted the checkpoint."""
+    """From step 4 on: in the same folder of itself; into another after the command that the refusal names."""
     before = {}
     for kind, (zero, split) in KINDS.items():
         run = place(folder, new_run(f"{kind}_alone", split.whole(), zero), copy=(kind, 4))
-        refusal = message(lambda run=run: train_run(run, folder))
-        named = re.search(r"saved with ranks 2, this run has 1; convert it by (python -m .*), or start", refusal)
-        subprocess.run([sys.executable, *shlex.split(named[1])[1:], "--workers", "2"], check=True)
+        if kind == "data":
+            refusal = message(lambda run=run: train_run(run, folder, elsewhere(folder)))
+            named = re.search(r"saved with ranks 2, this run has 1; convert it by (python -m .*), or start", refusal)
+            subprocess.run([sys.executable, *shlex.split(named[1])[1:], "--workers", "2"], check=True)
         before[kind] = train(rank, [run], folder)[run.name]["before"]
     return before
 

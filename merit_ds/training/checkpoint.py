@@ -39,9 +39,12 @@ from merit_ds.training.checkpoint_folder import (
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
+from merit_ds.training.universal import make_universal
 
 CLIENT_STATE = "merit_ds"
 """The key of the trainer's state within DeepSpeed's, which has keys of its own beside it."""
+RESHARDED = ("ranks", "tensor_parallel")
+"""Entries of a manifest's set-up in which a universal checkpoint may differ from the run."""
 CONVERT = "convert it by python -m merit_ds.training.universal {folder}, or start as many as before"
 ADVICE = {
     "ranks": CONVERT,
@@ -125,6 +128,29 @@ def holds_checkpoints(folder: Path) -> bool:
     """Whether anything in `folder` has a checkpoint's name, complete or not. A collective."""
     failing = f"{folder}: cannot look for checkpoints"
     return from_rank_zero(lambda: any(folder.glob("global_step*")), failing=failing)
+
+
+def reshard(engine: Any, folder: Path) -> str | None:
+    """Make the newest complete checkpoint fit this number of ranks, where it is only that which differs. A collective.
+
+    Rank 0 converts it (`merit_ds.training.universal`); the checkpoint itself stays as it is.
+
+    Returns:
+        What was done, for people; None where there was nothing to do.
+
+    Raises:
+        InputError: as `make_universal`; or there are checkpoints, but none is complete.
+    """
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None or checkpoint.manifest.universal or checkpoint.manifest.zero_stage == 0:
+        return None
+    saved, setup = checkpoint.manifest.setup, _setup(engine)
+    counts = [f"{there[key]} {key}" for there in (saved, setup) for key in RESHARDED if saved[key] != setup[key]]
+    if not counts:
+        return None
+    converted = from_rank_zero(lambda: str(make_universal(folder)), failing=f"{folder}: cannot reshard")
+    half = len(counts) // 2
+    return f"{checkpoint.path}: saved by {', '.join(counts[:half])}; for {', '.join(counts[half:])} now {converted}"
 
 
 def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any] | None:
@@ -222,7 +248,7 @@ def _setup(engine: Any) -> dict[str, Any]:
 def _check_fit(checkpoint: Checkpoint, engine: Any, model: dict[str, Any]) -> None:
     """Compare what DeepSpeed would find out half-way through loading, or never."""
     saved, setup = checkpoint.manifest, _setup(engine)
-    free = {"ranks", "tensor_parallel"} if saved.universal else {"ranks"} if saved.zero_stage == 0 else set()
+    free = set(RESHARDED) if saved.universal else {"ranks"} if saved.zero_stage == 0 else set()
     # Through JSON and back, as the saved ones went: a tuple comes back as a list.
     for there, here in ((saved.model, model), (saved.setup, setup)):
         here = json.loads(json.dumps(here))

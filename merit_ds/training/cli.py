@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="DIR", help="checkpoints and reports of the run (run.save)")
     parser.add_argument("--load", metavar="DIR", help="continue from the newest complete checkpoint in it (run.load)")
     parser.add_argument("--save-interval", type=int, metavar="N", help="steps between checkpoints (run.save_interval)")
+    parser.add_argument("--keep", type=int, metavar="N", help="complete checkpoints that stay (run.keep_checkpoints)")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="in place of the recipe's (run.deepspeed)")
     parser.add_argument(
         "--set",
@@ -41,6 +42,7 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "run.save": arguments.save,
         "run.load": arguments.load,
         "run.save_interval": arguments.save_interval,
+        "run.keep_checkpoints": arguments.keep,
         "run.deepspeed": arguments.deepspeed_config,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]

@@ -121,6 +121,12 @@ class RunConfig(Section):
     max_bad_steps: int = Field(
         default=10, gt=0, description="stop after this many non-finite or overflow-skipped steps in a row"
     )
+    timeout: float = Field(
+        default=600,
+        ge=5,
+        le=600,
+        description="seconds without a sign of a rank until all end",
+    )
     sample_tokens: int = Field(default=0, ge=0, description="tokens of sample text written at the end")
     sample_prompt: str = Field(default="The ", min_length=1, description="what the sample text continues")
 

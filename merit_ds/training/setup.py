@@ -24,6 +24,7 @@ from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
+from merit_ds.training.watch import slow_timeout
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def start_distributed(plan: Plan) -> None:
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     check_stale_lock()
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    deepspeed.init_distributed(
+        dist_backend=get_accelerator().communication_backend_name(), timeout=slow_timeout(plan), verbose=False
+    )
     release_shared_memory()
     tensor_parallel = plan.config.model.tensor_parallel
     initialise_megatron(seed=plan.config.run.seed, device=plan.device, tensor_parallel=tensor_parallel)

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from merit_ds.errors import InputError
 from merit_ds.telemetry.sampler import make_telemetry
 from merit_ds.training.agreement import Agreement, agree, from_rank_zero, together
-from merit_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from merit_ds.training.checkpoint import save_checkpoint
+from merit_ds.training.continuing import continue_run, data_order, model_settings
 from merit_ds.training.dataset import micro_batches
 from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
@@ -23,10 +23,11 @@ from merit_ds.training.gauss_newton import GaussNewton
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.interval import Interval
 from merit_ds.training.model import masked_mean, padded_vocab
-from merit_ds.training.plan import Plan, continues_itself
+from merit_ds.training.plan import Plan
 from merit_ds.training.report import RunFolder, StepReport, add_row, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
 from merit_ds.training.setup import Data
+from merit_ds.training.watch import Watch
 
 
 class Trainer:
@@ -35,15 +36,17 @@ class Trainer:
     Every method is a collective: all ranks call it.
     """
 
-    def __init__(self, engine: Any, plan: Plan, data: Data) -> None:
+    def __init__(self, engine: Any, plan: Plan, data: Data, watch: Watch) -> None:
         self.engine = engine
         self.plan = plan
         self.data = data
+        self.watch = watch
         self.step = 0
         """Optimizer steps done, those of the runs that this one continues included."""
         self._bad_steps = BadSteps(plan.config.run.max_bad_steps)
         self._interval = Interval(plan.device)
         self._saved_step = 0
+        self._first_step = 1
         self._doubtful = False
         self._signal = 0
         self._learning_rate = 0.0
@@ -56,21 +59,17 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from `run.load`, or begin. With `run.load` equal to `run.save` the first start finds nothing there,
-        so one command serves a job that is started again and again.
+        so one command serves a job that is started again and again, also on another number of ranks.
 
         Raises:
             InputError: nothing to continue from in another folder, another run's data order, or a `run.save` that
                 cannot be written or is not the same folder for every rank.
         """
         run = self.plan.config.run
+        self.watch.at("loading a checkpoint", slow=True)
         if run.load:
-            state = load_checkpoint(self.engine, Path(run.load), model=self._model_settings())
-            if state is not None:
-                self._check_order(state["order"])
-                self.step = self._saved_step = state["step"]
-                self._say(f"continuing from step {self.step} in {run.load}")
-            elif not continues_itself(run):
-                raise InputError(f"{run.load}: no checkpoint there; check run.load, or leave it out to start anew")
+            self.step = self._saved_step = continue_run(self.engine, self.plan, self.data, say=self._say)
+            self._first_step = self.step + 1
         if self._folder is not None:
             folder, failing = self._folder, f"cannot begin the run in {run.save}"
             description = {"config": self.plan.config.model_dump(), "deepspeed": self.plan.ds_config}
@@ -107,6 +106,7 @@ class Trainer:
 
     def close(self) -> None:
         """Write the curve and the sample, and say where everything lies."""
+        self.watch.at("ending the run", slow=True)
         if self._folder is not None:
             folder, curve = self._folder, self._folder.path / "loss.png"
             title = Path(self.plan.config.run.deepspeed).stem
@@ -135,48 +135,64 @@ class Trainer:
         if self._signal:
             return self._signal
         start = time.perf_counter()
-        batch, device = self.plan.batch, self.plan.device
         # Nothing here draws random numbers; whatever may one day, draws the same after a restart.
         torch.manual_seed(self.plan.config.run.seed + self.step)
         self._gauss_newton.before_step(self.step)
-        first = self.step * batch.global_batch
-        loss = torch.zeros((), device=device)
         skipped_before = self.engine.skipped_steps
         self._learning_rate = self.engine.get_lr()[0]  # step() sets the next one
-        micro_steps = micro_batches(
-            self.data.train,
-            start=first,
-            stop=first + batch.global_batch,
-            micro_batch=batch.micro_batch,
-            rank=parallel_state.get_data_parallel_rank(),
-            world=parallel_state.get_data_parallel_world_size(),
-        )
         if self.telemetry is not None:
             self.telemetry.before_step(self.step + 1)
-        signals: Agreement | None = None
-        for index, samples in enumerate(micro_steps, start=1):
-            if signals is not None:
-                self._signal = signals.result()[0]
-                if self._signal:
-                    return self._signal
-            # Read a micro-batch later: to wait for the slowest rank in each would add up all their delays.
-            signals = Agreement([interrupt.received], device=device) if index < batch.accumulation else None
-            samples = {key: value.to(device, non_blocking=True) for key, value in samples.items()}
-            per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
-            micro_loss = masked_mean(per_token, samples["loss_mask"])
-            self.engine.backward(micro_loss)
-            self.engine.step()
-            loss += micro_loss.detach() / batch.accumulation
+        loss = self._accumulate(interrupt)
+        if loss is None:
+            return self._signal
         self.step += 1
         if self.telemetry is not None:
-            self.telemetry.after_step(self.step, samples=self.step * batch.global_batch)
+            self.telemetry.after_step(self.step, samples=self.step * self.plan.batch.global_batch)
         flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), interrupt.received]
-        *bad, self._signal = agree(flags, device=device)
+        *bad, self._signal = agree(flags, device=self.plan.device)
         non_finite, skipped = map(bool, bad)
         self._doubtful = non_finite
         self._interval.add(loss, time.perf_counter() - start, non_finite=non_finite, skipped=skipped)
         self._bad_steps.record(non_finite=non_finite, skipped=skipped)
         return 0
+
+    def _accumulate(self, interrupt: Interrupt) -> torch.Tensor | None:
+        """The micro-batches of one step, forward and backward, and at the last the optimizer.
+
+        Returns:
+            Their mean loss; None where any rank received a signal, and the step is not done.
+        """
+        batch, device, step = self.plan.batch, self.plan.device, self.step + 1
+        slow = step == self._first_step  # kernels are compiled in it
+        micro_steps = micro_batches(
+            self.data.train,
+            start=self.step * batch.global_batch,
+            stop=step * batch.global_batch,
+            micro_batch=batch.micro_batch,
+            rank=parallel_state.get_data_parallel_rank(),
+            world=parallel_state.get_data_parallel_world_size(),
+        )
+        loss = torch.zeros((), device=device)
+        signals: Agreement | None = None
+        self.watch.at(f"reading the data of step {step}")
+        for index, samples in enumerate(micro_steps, start=1):
+            if signals is not None:
+                self._signal = signals.result()[0]
+                if self._signal:
+                    return None
+            # Read a micro-batch later: to wait for the slowest rank in each would add up all their delays.
+            last = index == batch.accumulation
+            signals = None if last else Agreement([interrupt.received], device=device)
+            samples = {key: value.to(device, non_blocking=True) for key, value in samples.items()}
+            self.watch.at(f"in the forward pass of micro-batch {index} of step {step}", slow=slow)
+            per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
+            micro_loss = masked_mean(per_token, samples["loss_mask"])
+            self.watch.at(f"in the backward pass of micro-batch {index} of step {step}", slow=slow)
+            self.engine.backward(micro_loss)
+            self.watch.at(f"{'in the optimizer' if last else 'between the micro-batches'} of step {step}", slow=slow)
+            self.engine.step()
+            loss += micro_loss.detach() / batch.accumulation
+        return loss
 
     def _log(self) -> None:
         plan, model = self.plan, self.plan.config.model
@@ -204,6 +220,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         plan = self.plan
+        self.watch.at(f"measuring the validation loss after step {self.step}", slow=True)
         loss = validation_loss(
             self.engine.module,
             self.data.valid,
@@ -225,6 +242,7 @@ class Trainer:
         run = self.plan.config.run
         if not run.save or self._saved_step == self.step:
             return
+        self.watch.at(f"saving the checkpoint of step {self.step}", slow=True)
         spoilt = self._doubtful or any(not weight.isfinite().all() for weight in self.engine.module.parameters())
         if agree([int(spoilt)], device=self.plan.device)[0]:
             self._say(f" no checkpoint of step {self.step}: the loss or a weight is not finite")
@@ -234,33 +252,12 @@ class Trainer:
             self.engine,
             Path(run.save),
             step=self.step,
-            model=self._model_settings(),
-            client_state={"step": self.step, "order": self._order()},
+            model=model_settings(self.plan, self.data),
+            client_state={"step": self.step, "order": data_order(self.plan, self.data)},
             keep=run.keep_checkpoints,
         )
         self._saved_step = self.step
         self._say(f" saved checkpoint {path} in {time.perf_counter() - start:.1f} s")
-
-    def _order(self) -> dict[str, Any]:
-        """What decides which sequences a step takes."""
-        return {
-            "run.seed": self.plan.config.run.seed,
-            "train_batch_size": self.plan.batch.global_batch,
-            "the number of steps": self.plan.steps,
-            "the training data's sha256": self.data.sha256[0],
-        }
-
-    def _check_order(self, saved: dict[str, Any]) -> None:
-        for key, here in self._order().items():
-            if saved[key] != here:
-                raise InputError(
-                    f"{self.plan.config.run.load}: {key} was {saved[key]} and is {here} in this run, so it would see "
-                    "other sequences: continue with the same recipe and data"
-                )
-
-    def _model_settings(self) -> dict[str, Any]:
-        """What a checkpoint fits."""
-        return self.plan.config.model.identity() | {"vocab_size": self.data.tokenizer.vocab_size}
 
     def _sample(self) -> None:
         """Show sample text, drawn by the ranks that share rank 0's layers."""

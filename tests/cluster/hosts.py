@@ -111,18 +111,19 @@ class Hosts:
         self._create(index)
         self._wait_for_sshd(index)
 
-    def command(self, index: int, *argv: str) -> list[str]:
+    def command(self, index: int, *argv: str, cwd: Path | str = "/") -> list[str]:
         """The command that runs `argv` on the host."""
-        return ["nsenter", "-t", str(self._inits[index]), "-n", "-p", "-u", "-m", "--", *argv]
+        enter = ["nsenter", "-t", str(self._inits[index]), "-n", "-p", "-u", "-m", "--"]
+        return [*enter, "env", f"--chdir={cwd}", *argv]  # nsenter itself leaves the working directory
 
-    def run(self, index: int, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, index: int, *argv: str, cwd: Path | str = "/", **options: Any) -> subprocess.CompletedProcess[str]:
         """Run `argv` on the host to its end; options as `subprocess.run` has them."""
-        return subprocess.run(self.command(index, *argv), **{"text": True, "capture_output": True, **options})
+        return subprocess.run(self.command(index, *argv, cwd=cwd), **{"text": True, "capture_output": True, **options})
 
-    def start(self, index: int, *argv: str, **options: Any) -> subprocess.Popen[str]:
+    def start(self, index: int, *argv: str, cwd: Path | str = "/", **options: Any) -> subprocess.Popen[str]:
         """Start `argv` on the host, both outputs in one pipe; options as `subprocess.Popen` has them."""
         pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen([*WITH_PARENT, *self.command(index, *argv)], **{**pipes, **options})
+        return subprocess.Popen([*WITH_PARENT, *self.command(index, *argv, cwd=cwd)], **{**pipes, **options})
 
     def processes(self, index: int, *needles: str) -> list[psutil.Process]:
         """The host's processes whose command line has all needles in it, the oldest first."""

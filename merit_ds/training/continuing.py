@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run must have in common with the one whose checkpoint it continues, and what may differ."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from merit_ds.errors import InputError
+from merit_ds.training.checkpoint import load_checkpoint, reshard
+from merit_ds.training.plan import Plan, continues_itself
+from merit_ds.training.setup import Data
+
+
+def continue_run(engine: Any, plan: Plan, data: Data, *, say: Callable[[str], None]) -> int:
+    """Load the newest complete checkpoint of `run.load` into the engine. A collective.
+
+    Where that is the run's own folder, a run may go on with another number of ranks, for instance after a host was
+    lost: the checkpoint is converted first. The global batch stays, and the accumulation follows from the ranks.
+
+    Args:
+        say: shows a line to people.
+
+    Returns:
+        Optimizer steps done so far; 0 where the run's own folder holds nothing to continue yet.
+
+    Raises:
+        InputError: nothing to continue from in another folder, or a checkpoint of other data, order, model or set-up.
+    """
+    folder, batch = Path(str(plan.config.run.load)), plan.batch
+    own = continues_itself(plan.config.run)
+    if own and (resharded := reshard(engine, folder)):
+        say(f"{resharded}; train_batch_size stays {batch.global_batch}, in {batch.accumulation} micro-batches a rank")
+    state = load_checkpoint(engine, folder, model=model_settings(plan, data))
+    if state is None:
+        if not own:
+            raise InputError(f"{folder}: no checkpoint there; check run.load, or leave it out to start anew")
+        return 0
+    for key, here in data_order(plan, data).items():
+        if state["order"][key] != here:
+            raise InputError(
+                f"{folder}: {key} was {state['order'][key]} and is {here} in this run, so it would see other "
+                "sequences: continue with the same recipe and data"
+            )
+    say(f"continuing from step {state['step']} in {plan.config.run.load}")
+    return int(state["step"])
+
+
+def data_order(plan: Plan, data: Data) -> dict[str, Any]:
+    """What decides which sequences a step takes."""
+    return {
+        "run.seed": plan.config.run.seed,
+        "train_batch_size": plan.batch.global_batch,
+        "the number of steps": plan.steps,
+        "the training data's sha256": data.sha256[0],
+    }
+
+
+def model_settings(plan: Plan, data: Data) -> dict[str, Any]:
+    """What a checkpoint fits."""
+    return plan.config.model.identity() | {"vocab_size": data.tokenizer.vocab_size}

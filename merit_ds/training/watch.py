@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has each rank watched, so that none waits for a rank that is dead, stopped or cut off: the rank's side.
+
+DeepSpeed's ZeRO groups drop the time-out that `init_distributed` is given (TorchBackend.new_group in 0.19.8), and an
+exception on one rank says nothing on the others. `merit_ds.training.guard` is the process that watches.
+"""
+
+import json
+import os
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from merit_ds.errors import InputError
+from merit_ds.training import guard
+from merit_ds.training.plan import Plan
+
+BEAT_SECONDS = 5.0
+"""Between two beats at most, a twentieth of a shorter time-out."""
+CONNECT_SECONDS = 5.0
+"""For one attempt to connect."""
+
+
+class Watch:
+    """A rank under watch, from entering to leaving; of a single rank nothing is watched.
+
+    Make it before the rendezvous: a rank that never comes is noticed too. An exception that leaves the block is passed
+    on to the other ranks' guards as the reason.
+
+    Raises:
+        InputError: rank 0 cannot be reached within `run.timeout`.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._store: Store | None = None
+        """Kept: on rank 0 its server is the rendezvous', and ends with its last user."""
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._marks = 0
+
+    def __enter__(self) -> "Watch":
+        if self._plan.world > 1:
+            self._store = _open_store(self._plan)
+            self._guard = _start_guard(self._plan, self._store)
+            self.at("starting", slow=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._guard is None:
+            return
+        reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+        self._tell({"reason": reason})
+        # Its guard closes the pipe when the verdict is out, so that this comes before a traceback; rank 0's when all
+        # ranks have left, since the others' connections, and perhaps a container, end with it.
+        assert self._guard.stdout is not None
+        select.select([self._guard.stdout], [], [], guard.LEAVE_SECONDS + 2 * guard.SETTLE_SECONDS)
+
+    def at(self, doing: str, *, slow: bool = False) -> None:
+        """Say what this rank does from now on. Every rank says the same things in the same order.
+
+        Args:
+            doing: as in "rank 1 was killed while ...", for instance "in the forward pass of step 3".
+            slow: it may take `guard.SLOW` times longer than `run.timeout`.
+        """
+        self._marks += 1
+        self._tell({"marks": self._marks, "doing": doing, "slow": slow})
+
+    def _tell(self, mark: dict[str, object]) -> None:
+        if self._guard is None or self._guard.stdin is None:
+            return
+        with suppress(OSError):  # without its guard a rank runs on
+            self._guard.stdin.write(json.dumps(mark).encode() + b"\n")
+            self._guard.stdin.flush()
+
+
+def slow_timeout(plan: Plan) -> timedelta:
+    """The longest that a collective outside the training steps may take, and torch's own time-out for it."""
+    return timedelta(seconds=guard.SLOW * plan.config.run.timeout)
+
+
+def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
+    timeout = plan.config.run.timeout
+    beat = min(BEAT_SECONDS, timeout / 20)
+    settings = {"rank": plan.rank, "local_rank": plan.local_rank, "world": plan.world, "host": socket.gethostname()}
+    settings |= {"pid": os.getpid(), "beat": beat, "limit": _limit(timeout, beat), "address": os.environ["MASTER_ADDR"]}
+    if plan.rank != 0:
+        return _spawn(settings | _find_court(store, timeout=timeout))
+    settings |= {"token": secrets.token_hex(16), "listen": _own_address(plan)}
+    process = _spawn(settings)
+    assert process.stdout is not None
+    court = {"port": int(process.stdout.readline()), "token": settings["token"]}
+    store.set("court", json.dumps(court))
+    return process
+
+
+def _limit(timeout: float, beat: float) -> float:
+    """Seconds of silence for a verdict: with what comes after it, every rank has ended within `timeout`."""
+    return timeout - 2 * beat - guard.SETTLE_SECONDS - guard.GRACE_SECONDS
+
+
+def _own_address(plan: Plan) -> str | None:
+    """MASTER_ADDR, for rank 0's guard to listen on; None, all addresses, where others could not reach it there.
+
+    Debian writes a host's own name as 127.0.1.1 into /etc/hosts; the other hosts know it by another address.
+    """
+    address = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    several_hosts = plan.world > int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
+    return None if several_hosts and address.startswith("127.") else address
+
+
+def _find_court(store: Store, *, timeout: float) -> dict[str, object]:
+    """Port and token of rank 0's guard; torchrun's store may still have those of an earlier attempt."""
+    deadline = time.monotonic() + timeout
+    while True:
+        court: dict[str, object] = json.loads(store.get("court"))
+        try:
+            _wait_for(os.environ["MASTER_ADDR"], int(str(court["port"])), timeout=0)
+            return court
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(f"rank 0's guard on {os.environ['MASTER_ADDR']} cannot be reached: {error}") from None
+        time.sleep(0.5)
+
+
+def _wait_for(address: str, port: int, *, timeout: float) -> None:
+    """Until something listens there.
+
+    Raises:
+        OSError: nothing does, after `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(timeout, CONNECT_SECONDS)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def _open_store(plan: Plan) -> Store:
+    """The rendezvous' own store: its server is rank 0, or torchrun's agent, which serves the next attempt as well."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = plan.config.run.timeout
+    serves = plan.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        if not serves:
+            _wait_for(address, port, timeout=timeout)  # TCPStore itself would print the stack of each attempt
+        store = TCPStore(
+            address, port, plan.world, serves, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True
+        )
+    except (OSError, DistError, RuntimeError) as error:
+        what = "rank 0 cannot listen there" if serves else f"rank {plan.rank} cannot reach rank 0 there"
+        raise InputError(f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}: {str(error).splitlines()[0]}") from None
+    return PrefixStore(f"merit_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _spawn(settings: dict[str, object]) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(Path(guard.__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(settings).encode() + b"\n")
+    process.stdin.flush()
+    return process
