@@ -40,7 +40,7 @@ class MaxExchange(Exchange):
 
     def start(self) -> None:
         self._bits.bitwise_and_(_CLEAR_SIGN)  # a NaN's sign would sort below zero
-        self._sent = self._bits.to(_collective_device(self._group, self._bits.device))
+        self._sent = self._bits.to(collective_device(self._group, self._bits.device))
         self._work = dist.all_reduce(self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def wait(self) -> None:
@@ -64,7 +64,7 @@ class SumExchange(Exchange):
         self._gathered: list[Tensor] = []
 
     def start(self) -> None:
-        sent = self._parts.to(_collective_device(self._group, self._parts.device))
+        sent = self._parts.to(collective_device(self._group, self._parts.device))
         self._gathered = [torch.empty_like(sent) for _ in range(dist.get_world_size(self._group))]
         self._work = dist.all_gather(self._gathered, sent, group=self._group, async_op=True)
 
@@ -81,7 +81,7 @@ class SumExchange(Exchange):
 
 def add_disjoint(values: Tensor, *, group: dist.ProcessGroup) -> None:
     """Put together, in place, what ranks hold of a tensor: where one has a value, others have zero, so it is exact."""
-    sent = values.to(_collective_device(group, values.device))
+    sent = values.to(collective_device(group, values.device))
     dist.all_reduce(sent, op=dist.ReduceOp.SUM, group=group)
     if sent.data_ptr() != values.data_ptr():
         values.copy_(sent)
@@ -89,13 +89,13 @@ def add_disjoint(values: Tensor, *, group: dist.ProcessGroup) -> None:
 
 def largest(values: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """The largest of each integer over the group's ranks, in a new tensor; waits for it."""
-    result = values.to(_collective_device(group, values.device), copy=True)
+    result = values.to(collective_device(group, values.device), copy=True)
     dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
     return result
 
 
-def _collective_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
-    """Where the group's backend can reduce: NCCL takes no CPU tensors, as optimizer offload has them."""
+def collective_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where the group's backend can take tensors of `device`: NCCL takes none on the CPU. None: the default group."""
     if device.type == "cpu" and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of the trainer as a float32 model in this process alone, without DeepSpeed's engine.
-
-DeepSpeed's files are pickles, which may run code when loaded: load only checkpoints that you trust.
-"""
+"""A checkpoint of the trainer as a float32 model in this process alone, without DeepSpeed's engine."""
 
 import json
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from merit_ds.errors import InputError
 from merit_ds.training.checkpoint_folder import Checkpoint
 from merit_ds.training.config import Config
 from merit_ds.training.model import build_model
+from merit_ds.training.safe_load import read
 from merit_ds.training.universal import newest_complete
 
 CONVERT = "convert it by python -m merit_ds.training.universal {folder}"
@@ -92,8 +90,8 @@ def load_model(run: SavedRun, *, device: torch.device) -> torch.nn.Module:
         run.config.model, vocab_size=manifest.model["vocab_size"], dtype=torch.float32, device="cpu", seed=0
     )
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-    read = _read_universal if manifest.universal else _read_shared
-    for name, (saved, target) in read(run.checkpoint.path, wanted).items():
+    pairs = _read_universal if manifest.universal else _read_shared
+    for name, (saved, target) in pairs(run.checkpoint.path, wanted).items():
         if saved is None or saved.numel() != target.numel():
             raise InputError(f"{run.checkpoint.path}: does not hold {name} of shape {list(target.shape)}")
         target.copy_(saved.reshape(target.shape))
@@ -107,7 +105,7 @@ Pairs = dict[str, tuple[torch.Tensor | None, torch.Tensor]]
 def _read_shared(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> Pairs:
     """From the file that every ZeRO stage below 3 writes: the weights that the forward pass uses."""
     path = checkpoint / "mp_rank_00_model_states.pt"
-    saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)["module"]
+    saved = read(path, mmap=True)["module"]
     return {name: (saved.get(name), target) for name, target in wanted.items()}
 
 
@@ -116,7 +114,7 @@ def _read_universal(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> Pairs:
     pairs: Pairs = {}
     for name, target in wanted.items():
         path = checkpoint / "zero" / name / "fp32.pt"
-        saved = torch.load(path, map_location="cpu", weights_only=False)["param"] if path.exists() else None
+        saved = read(path)["param"] if path.exists() else None
         pairs[name] = saved, target
     return pairs
 

@@ -16,8 +16,7 @@ drawn into one picture. In place of a run, the JSON file of an earlier call may 
 Time: a product takes three to four times as long as the gradient of these sequences. There are probes x lanczos
 products, and those that the trace takes beyond: 49 by default, for a model of 0.85 M parameters and sequences of 256
 tokens on one CPU core about a minute with --sequences 16, four to five with the default 64. Memory: one micro-batch,
-and `lanczos` vectors of the model's size. One process, on a GPU where there is one. DeepSpeed's files are pickles,
-which may run code when loaded: name only runs that you trust.
+and `lanczos` vectors of the model's size. One process, on a GPU where there is one.
 """
 
 import argparse

@@ -11,8 +11,8 @@ Whatever is not renamed, or does not match its manifest, is no checkpoint.
 ZeRO's shards fit the number of ranks that saved them. `merit_ds.training.universal` makes a checkpoint of them that
 fits any number, and its manifest says so: loading takes either kind, whatever `checkpoint.load_universal` says.
 
-DeepSpeed's files are pickles, which may run code when loaded: the hashes are compared first, and tell damage, not
-malice. Load only checkpoints that you trust.
+DeepSpeed's files are pickles: the hashes are compared first, which tell damage, not malice, and then they are read as
+`merit_ds.training.safe_load` has it, which runs no code.
 """
 
 import itertools
@@ -39,6 +39,7 @@ from merit_ds.training.checkpoint_folder import (
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
+from merit_ds.training.safe_load import no_code, refuse_other
 from merit_ds.training.universal import make_universal
 
 CLIENT_STATE = "merit_ds"
@@ -83,7 +84,7 @@ def save_checkpoint(
     if engine.use_node_local_storage():
         raise InputError(f"{failing}: remove checkpoint.use_node_local_storage from the DeepSpeed JSON")
     try:
-        from_rank_zero(lambda: begin(folder), failing=failing)
+        from_rank_zero(lambda: begin(folder).name, failing=failing)
         together(lambda: _write_shards(engine, folder, client_state), failing=failing)
         manifest = Manifest(
             sequence=from_rank_zero(lambda: next_sequence(folder), failing=failing),
@@ -93,7 +94,7 @@ def save_checkpoint(
             model=model,
             files=_hash_shares(folder / UNFINISHED, failing=failing),
         )
-        path = from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
+        path = folder / from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
     except InputError:
         if dist.get_rank() == 0:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -112,8 +113,9 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         InputError: there are checkpoints, but none is complete.
     """
     failing = f"{folder}: cannot look for checkpoints"
-    complete, problems = from_rank_zero(lambda: read_checkpoints(folder), failing=failing)
-    for checkpoint in complete:
+    listed, problems = from_rank_zero(lambda: _list(folder), failing=failing)
+    for name, manifest in listed:
+        checkpoint = Checkpoint(folder / name, Manifest.from_plain(manifest))
         damage = _find_damage(checkpoint)
         if damage is None:
             _warn(problems)
@@ -122,6 +124,12 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
     if problems:
         raise InputError(f"{folder}: no complete checkpoint among {len(problems)}; the first: {problems[0]}")
     return None
+
+
+def _list(folder: Path) -> list[list[Any]]:
+    """What `read_checkpoints` returns, as names and plain manifests."""
+    checkpoints, problems = read_checkpoints(folder)
+    return [[[checkpoint.path.name, checkpoint.manifest.plain()] for checkpoint in checkpoints], problems]
 
 
 def holds_checkpoints(folder: Path) -> bool:
@@ -194,10 +202,11 @@ def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> No
 
 def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     engine._config.load_universal_checkpoint = checkpoint.manifest.universal
-    if checkpoint.manifest.universal:
-        state = load_universal(engine, checkpoint.path)
-    else:
-        state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)[1]
+    with no_code(checkpoint.path):
+        if checkpoint.manifest.universal:
+            state = load_universal(engine, checkpoint.path)
+        else:
+            state = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)[1]
     if engine.lr_scheduler is not None:
         # Its position has been restored. The learning rates are the optimizer's, and not in an elastic checkpoint.
         engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
@@ -205,17 +214,23 @@ def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _hash_shares(unfinished: Path, *, failing: str) -> dict[str, tuple[int, str]]:
-    """Every file's size and sha256; each rank reads a share of the files, and flushes it to the disk first."""
+    """Every file's size and sha256; each rank looks into a share of the files, and flushes it to the disk first."""
     names = from_rank_zero(lambda: file_names(unfinished), failing=failing)
     share = names[dist.get_rank() :: dist.get_world_size()]
-    parts = together(lambda: flush_and_hash(unfinished, share), failing=failing)
-    return {name: part[name] for name in names for part in parts if name in part}
+
+    def hash_share() -> list[list[Any]]:
+        for name in share:
+            refuse_other(unfinished / name)
+        return [[name, *entry] for name, entry in flush_and_hash(unfinished, share).items()]
+
+    entries = itertools.chain.from_iterable(together(hash_share, failing=failing))
+    return {name: (size, sha256) for name, size, sha256 in sorted(entries)}
 
 
-def _commit(folder: Path, manifest: Manifest) -> Path:
-    path = commit(folder, folder / UNFINISHED, manifest)
-    write_text(folder / "latest", path.name)
-    return path
+def _commit(folder: Path, manifest: Manifest) -> str:
+    name = commit(folder, folder / UNFINISHED, manifest).name
+    write_text(folder / "latest", name)
+    return name
 
 
 def _find_damage(checkpoint: Checkpoint) -> str | None:

@@ -35,6 +35,15 @@ class Manifest:
     universal: bool = False
     """Whether it holds whole parameters, which any number of ranks can load, in place of one run's shards."""
 
+    def plain(self) -> dict[str, Any]:
+        """Its fields, as JSON gives them back."""
+        return asdict(self) | {"files": {name: list(entry) for name, entry in self.files.items()}}
+
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> "Manifest":
+        """The manifest whose `plain` this is."""
+        return cls(**content | {"files": {name: (size, sha256) for name, (size, sha256) in content["files"].items()}})
+
 
 def fingerprint(path: Path) -> tuple[int, str]:
     """Size in bytes and sha256 of the file at `path`.
@@ -61,7 +70,7 @@ def find_damage(path: Path, expected: tuple[int, str]) -> str | None:
 
 def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into the folder `checkpoint`, and flush both to the disk."""
-    content = {"format": FORMAT, **asdict(manifest)}
+    content = {"format": FORMAT, **manifest.plain()}
     write_text(checkpoint / MANIFEST, json.dumps({**content, "sha256": _own_sha256(content)}, indent=1) + "\n")
 
 
@@ -85,8 +94,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{path}: its content does not match its own sha256")
     if content.pop("format") != FORMAT:
         raise ValueError(f"{path}: of another format than {FORMAT}, the one that this version reads")
-    files = {name: (size, sha256) for name, (size, sha256) in content.pop("files").items()}
-    return Manifest(files=files, **content)
+    return Manifest.from_plain(content)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
 from merit_ds.errors import InputError
+from merit_ds.training.safe_load import read
 
 _LISTS: dict[tuple[int, int] | None, str | None] = {
     None: TP_REPLICATED_PARAMETER_PATTERNS,
@@ -147,5 +148,5 @@ def _load_untrained(module: torch.nn.Module, checkpoint: Path) -> None:
     """Frozen and empty parameters, and buffers."""
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and not _is_trained(tensor):
-            saved = torch.load(checkpoint / "zero" / name / "fp32.pt", weights_only=False)[PARAM]
+            saved = read(checkpoint / "zero" / name / "fp32.pt")[PARAM]
             tensor.copy_(saved.reshape(tensor.shape))

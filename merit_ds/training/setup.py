@@ -81,7 +81,7 @@ def open_data(plan: Plan) -> Data:
     vocab = None if config.data.vocab is None else Path(config.data.vocab)
     opened: list[Data] = []
 
-    def open_here() -> tuple[str, str]:
+    def open_here() -> list[str]:
         tokenizer = build_tokenizer(config.data.tokenizer, vocab=vocab)
         tokenizer.encode(config.run.sample_prompt)
         manifest = read_manifest(config.data.prefix)
@@ -95,7 +95,7 @@ def open_data(plan: Plan) -> Data:
             tokenizer=tokenizer,
         )
         opened.append(Data(tokenizer, train, valid, sha256))
-        return sha256
+        return list(sha256)
 
     def fetch_vocabulary() -> None:
         # A host's first rank may have to download it; the others then find it in the cache.

@@ -9,10 +9,11 @@ the same folder, `global_step{N}_universal`. What is there stays untouched. Bein
 on any number of ranks, with the same train_batch_size, and bit for bit the same weights, moments and schedule.
 
 It needs one process, no GPU, and while it works room on the disk for two more of the checkpoint. No run may save to the
-folder meanwhile. DeepSpeed's files are pickles, which may run code when loaded: convert only what you trust.
+folder meanwhile.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import shutil
@@ -75,7 +76,7 @@ def make_universal(folder: Path, *, workers: int = 1) -> Path:
         return _convert(folder, newest, workers=workers)
     except InputError as error:
         raise InputError(f"{newest.path}: {error}") from None
-    except Exception as error:  # DeepSpeed's converter asserts, and its pickles raise what they like
+    except Exception as error:  # DeepSpeed's converter asserts
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise InputError(f"{newest.path}: cannot convert it: {reason}") from error
 
@@ -112,11 +113,14 @@ def _convert(folder: Path, source: Checkpoint, *, workers: int) -> Path:
     # Imported here, so that --help and a wrong folder need no seconds.
     from deepspeed.checkpoint import ds_to_universal
 
+    from merit_ds.training.safe_load import no_code
+
     unfinished = begin(folder)
     try:
         _stage(source.path, unfinished / "source")
         written = unfinished / "universal"
-        with redirect_stdout(None):  # its progress bars go to stderr, as ours do
+        # Its progress bars go to stderr, as ours do; its worker processes are forks, which are bound by `no_code` too.
+        with redirect_stdout(None), no_code(source.path):
             ds_to_universal.main(
                 Namespace(
                     input_folder=str(unfinished / "source"),
@@ -140,21 +144,35 @@ def _stage(checkpoint: Path, staged: Path) -> None:
     import torch
 
     from merit_ds.training.resharding import refuse_round_robin
+    from merit_ds.training.safe_load import read
 
     staged.mkdir()
     for path in checkpoint.glob("mp_rank_*_model_states.pt"):
-        state = torch.load(path, map_location="cpu", weights_only=False)
+        state = read(path)
+        _refuse_paths(state["param_shapes"])
         zero = state["ds_config"].get("zero_optimization", {})
         refuse_round_robin(zero.get("round_robin_gradients", False), where="the DeepSpeed JSON of its run")
         # Megatron-core's layers hold an extra state of None or bytes, which the converter takes for a weight.
         state["module"] = {name: value for name, value in state["module"].items() if isinstance(value, torch.Tensor)}
         torch.save(state, staged / path.name)
     for path in checkpoint.glob("*_optim_states.pt"):
-        state = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        state = read(path, mmap=True)
+        _refuse_paths(state["optimizer_state_dict"]["param_slice_mappings"])
         if _repair(state["optimizer_state_dict"]):
             torch.save(state, staged / path.name)
         else:
             (staged / path.name).symlink_to(os.path.relpath(path, staged))
+
+
+def _refuse_paths(groups: list[dict[str, Any]]) -> None:
+    """The converter writes to folders that it names after the parameters: none may lead out of the checkpoint.
+
+    Raises:
+        InputError: a group's parameter has a path for a name.
+    """
+    for name in itertools.chain.from_iterable(groups):
+        if Path(name).name != name:
+            raise InputError(f"refused: a parameter is called {name!r}, which is a path")
 
 
 def _repair(optimizer: dict[str, Any]) -> bool:
