@@ -89,11 +89,13 @@ def check_settings(group: dict[str, Any], *, name: str) -> None:
 
 LATER_SETTINGS = ("elementwise", "whole_bound")
 """Settings that states saved by earlier versions lack: they were taken with the defaults."""
+_TORCHS = "differentiable"
+"""torch adds it to the defaults of an optimizer that has loaded a state, or was unpickled; it is in no group."""
 
 
 def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
     """Raise ValueError where a saved group is not one of the optimizer's."""
-    missing = sorted(defaults.keys() - group.keys() - set(LATER_SETTINGS))
+    missing = sorted(defaults.keys() - group.keys() - {*LATER_SETTINGS, _TORCHS})
     if missing:
         raise ValueError(f"this is not {name}'s optimizer state: its groups have no {missing[0]}")
     check_settings(group, name=name)

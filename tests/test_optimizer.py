@@ -149,6 +149,17 @@ def test_foreign_state_is_refused_and_nothing_changes():
     assert torch.equal(optimizer.state[weight]["exp_avg"], before["state"][0]["exp_avg"])
 
 
+def test_a_state_can_be_loaded_again():
+    """Back to an earlier state, as after a bad step; the copy has been unpickled, which counts as loading."""
+    weight = parameter(4, 5)
+    optimizer = Merit([weight], **SETTINGS)
+    train(optimizer, [weight], steps=range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for loading in (optimizer, optimizer, pickle.loads(pickle.dumps(optimizer))):
+        loading.load_state_dict(copy.deepcopy(saved))
+        assert torch.equal(next(iter(loading.state.values()))["exp_avg"], saved["state"][0]["exp_avg"])
+
+
 def test_copies_and_pickles_go_on_stepping():
     weight = parameter(4, 5)
     straight = expected(weight, steps=range(4))
