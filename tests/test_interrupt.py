@@ -69,7 +69,7 @@ def all_cases(rank: int) -> None:
     for signalled in ((0,), (1,), (0, 1)):
         outcome = stop_together(rank, signalled)
         assert outcome[1] == "SIGTERM"
-        assert together(lambda outcome=outcome: outcome, failing="x") == [outcome, outcome]
+        assert together(lambda outcome=list(outcome): outcome, failing="x") == [list(outcome)] * 2
     assert agree([rank, 1 - rank, 0, -rank]) == [1, 1, 0, 0]
 
     for failing in (0, 1):
