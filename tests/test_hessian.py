@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from alone import megatron_alone
+from planted import plant
 from torch.nn.functional import cross_entropy
 
 from merit_ds.errors import UnsupportedError
@@ -282,6 +284,18 @@ def test_bad_input_is_refused_in_one_line(folder: Path, capsys: pytest.CaptureFi
     assert "lower --sequences" in refused(capsys, "adamw", "--sequences", "100000")
     assert "--device cuda:77: " in refused(capsys, "adamw", "--device", "cuda:77")
     assert sorted(folder.rglob("*")) == before
+
+
+def test_planted_code_is_refused_and_does_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for copy in ("shared", "universal"):
+        shutil.copytree("adamw", f"planted_{copy}")
+    for checkpoint, name in (
+        (Path("planted_shared/global_step12"), "mp_rank_00_model_states.pt"),
+        (make_universal(Path("planted_universal")), "zero/decoder.final_layernorm.weight/fp32.pt"),
+    ):
+        made = plant(checkpoint, name)
+        line = refused(capsys, str(checkpoint.parent))
+        assert f"{checkpoint / name}: holds posix.mkdir: refused" in line and not made.exists()
 
 
 def test_zero_3_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
