@@ -26,6 +26,8 @@ from merit_ds.training.plan import Plan
 
 BEAT_SECONDS = 5.0
 """Between two beats at most, a twentieth of a shorter time-out."""
+REASON_LENGTH = 500
+"""Characters: a line to the guard must stay below a pipe's 4096 bytes, up to which it is written whole or not."""
 CONNECT_SECONDS = 5.0
 """For one attempt to connect."""
 
@@ -59,7 +61,7 @@ class Watch:
     ) -> None:
         if self._guard is None:
             return
-        reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+        reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
         self._tell({"reason": reason})
         # Its guard closes the pipe when the verdict is out, so that this comes before a traceback; rank 0's when all
         # ranks have left, since the others' connections, and perhaps a container, end with it.
@@ -79,9 +81,8 @@ class Watch:
     def _tell(self, mark: dict[str, object]) -> None:
         if self._guard is None or self._guard.stdin is None:
             return
-        with suppress(OSError):  # without its guard a rank runs on
-            self._guard.stdin.write(json.dumps(mark).encode() + b"\n")
-            self._guard.stdin.flush()
+        with suppress(OSError):  # its guard is dead, or does not read: the rank runs on
+            os.write(self._guard.stdin.fileno(), json.dumps(mark).encode() + b"\n")
 
 
 def slow_timeout(plan: Plan) -> timedelta:
@@ -99,7 +100,10 @@ def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
     settings |= {"token": secrets.token_hex(16), "listen": _own_address(plan)}
     process = _spawn(settings)
     assert process.stdout is not None
-    court = {"port": int(process.stdout.readline()), "token": settings["token"]}
+    port = process.stdout.readline()
+    if not port:
+        raise InputError("rank 0's guard did not start: its own lines above say why")
+    court = {"port": int(port), "token": settings["token"]}
     store.set("court", json.dumps(court))
     return process
 
@@ -174,4 +178,5 @@ def _spawn(settings: dict[str, object]) -> subprocess.Popen[bytes]:
     assert process.stdin is not None
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()
+    os.set_blocking(process.stdin.fileno(), False)  # a guard that hangs must not hold up its rank
     return process

@@ -15,6 +15,8 @@ import launch
 import yaml
 from hosts import SSH_PORT, Hosts, environment
 
+from merit_ds.training.checkpoint_folder import read_checkpoints
+
 REPOSITORY = launch.REPOSITORY
 CONFIGS = REPOSITORY / "configs"
 VARIABLES = {
@@ -68,7 +70,7 @@ def start(hosts: Hosts, folder: Path, *arguments: str, ranks: int, local: bool =
     return hosts.start(0, "deepspeed", *where, *ssh, *script, cwd=folder, env=ENVIRONMENT)
 
 
-def finish(process: "subprocess.Popen[str]", *, within: float = 240) -> str:
+def finish(process: "subprocess.Popen[str]", *, within: float = 400) -> str:
     """Its whole output, once it has ended."""
     try:
         return process.communicate(timeout=within)[0]
@@ -82,13 +84,26 @@ def wait_for_step(process: "subprocess.Popen[str]", save: Path, step: int) -> No
     wait_until(lambda: max(launch.losses(save), default=0) >= step, process)
 
 
-def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str]", *, within: float = 200) -> None:
+def wait_until(
+    condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, *, within: float = 300
+) -> None:
+    """Wait; where the process ends before that, fail with its output."""
     deadline = time.monotonic() + within
     while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(process.communicate()[0])
+        ended = process is not None and process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            output = ""
+            if process is not None:
+                process.kill()
+                output = process.communicate()[0]
+            raise AssertionError(f"{'ended' if ended else 'waited in vain'}:\n{output}")
         time.sleep(0.02)
+
+
+def saved_step(save: Path) -> int:
+    """The newest complete checkpoint's step; 0 before the first."""
+    checkpoints, _ = read_checkpoints(save)
+    return checkpoints[0].manifest.step if checkpoints else 0
 
 
 def errors(output: str) -> list[str]:

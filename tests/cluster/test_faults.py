@@ -4,6 +4,7 @@
 `docs/faults.md` has the outcomes and how long each took.
 """
 
+import subprocess
 import time
 
 import job
@@ -12,9 +13,18 @@ import pytest
 from launch import assert_same_run, losses
 
 TIMEOUT = 20
-STEPS = 12
+STEPS = 40
 # From the fault to the end of the last rank and launcher. Theirs are polls of 1 s, and ssh's patience with a dead host.
 SLACK = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def disk(tmp_path_factory):
+    """A disk for two checkpoints of 14 MB and no third; mounted before the hosts are there, all see it."""
+    path = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=36m", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +37,20 @@ def reference(hosts, folder):
     return folder / "reference"
 
 
-def disturb(hosts, folder, save, act, *, step=5, ends=True):
-    """Start the job, `act` after `step`; seconds from then to the end of launcher and ranks, and the output."""
-    process = job.start(hosts, folder, "--save", save, "--load", save, ranks=2)
-    job.wait_for_step(process, folder / save, step)
-    act()
-    start = time.monotonic()
-    output = job.finish(process)
-    job.wait_until(lambda: not hosts.processes(1, "pretrain_gpt.py"), process, within=60) if ends else None
-    return time.monotonic() - start, output
+def start(hosts, folder, save):
+    """The one command of the first start and of every further one."""
+    return job.start(hosts, folder, "--save", save, "--load", save, ranks=2)
+
+
+def begin(hosts, folder, save, *, steps):
+    """Start, and wait until so many steps are done since the checkpoint."""
+    since, begun = job.saved_step(folder / save), time.time()
+    process = start(hosts, folder, save)
+    # The steps' lines may be there from before; beginning takes them away.
+    description = folder / save / "run.json"
+    job.wait_until(lambda: description.exists() and description.stat().st_mtime > begun, process)
+    job.wait_for_step(process, folder / save, since + steps)
+    return process
 
 
 def rank(hosts, number):
@@ -43,68 +58,56 @@ def rank(hosts, number):
     return hosts.processes(number, "pretrain_gpt.py", "--local_rank=0")[-1]
 
 
-def finish_undisturbed(hosts, folder, save, reference):
-    """The same command again: it continues, and nothing tells its run from the one that was not disturbed."""
-    process = job.start(hosts, folder, "--save", save, "--load", save, ranks=2)
+def finish_undisturbed(process, save, reference):
+    """To the end: it continued, and nothing tells its run from the one that was not disturbed."""
     output = job.finish(process)
     assert process.returncode == 0 and "continuing from step " in output, output
-    assert_same_run(folder / save, reference)
+    assert_same_run(save, reference)
+    return output
 
 
-def test_a_killed_rank(hosts, folder, reference):
-    seconds, output = disturb(hosts, folder, "killed", lambda: rank(hosts, 1).kill())
-    assert job.errors(output)[0].startswith("rank 1 on h1 was killed or crashed while "), output
-    assert seconds < TIMEOUT
-    finish_undisturbed(hosts, folder, "killed", reference)
+FAULTS = {
+    "a killed rank": (lambda hosts: rank(hosts, 1).kill(), "rank 1 on h1 was killed or crashed while ", 10),
+    "a stopped rank": (lambda hosts: rank(hosts, 1).suspend(), "rank 1 on h1 has been ", TIMEOUT + SLACK),
+    "a crashed host": (lambda hosts: hosts.crash(1), "rank 1 on h1 ", TIMEOUT + SLACK),
+    "a cut link": (lambda hosts: hosts.cut(1), "rank 1 on h1 has not been heard of for ", TIMEOUT + SLACK),
+}
+"""What happens, how the first error line begins, and seconds until all have ended."""
 
 
-def test_a_host_that_crashes(hosts, folder, reference):
-    seconds, output = disturb(hosts, folder, "crashed", lambda: hosts.crash(1), ends=False)
-    hosts.boot(1)
-    assert job.errors(output)[0].startswith("rank 1 on h1 "), output
-    assert seconds < TIMEOUT + SLACK
-    finish_undisturbed(hosts, folder, "crashed", reference)
-
-
-def test_a_link_that_is_cut_for_good(hosts, folder, reference):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_the_job_in_time_and_is_named(hosts, folder, reference, fault, record_property):
+    """One after the other, in one run: each start but the first continues what the fault before has left."""
+    act, line, limit = FAULTS[fault]
+    process = begin(hosts, folder, "run", steps=5)
+    act(hosts)
+    seconds = time.monotonic()
     try:
-        seconds, output = disturb(hosts, folder, "cut", lambda: hosts.cut(1))
+        output = job.finish(process)
+        if fault != "a crashed host":
+            job.wait_until(lambda: not hosts.processes(1, "pretrain_gpt.py"), within=60)
     finally:
-        hosts.heal(1)
-    assert job.errors(output)[0].startswith("rank 1 on h1 has not been heard of for "), output
-    assert seconds < TIMEOUT + SLACK
-    finish_undisturbed(hosts, folder, "cut", reference)
+        seconds = time.monotonic() - seconds
+        hosts.boot(1) if fault == "a crashed host" else hosts.heal(1)
+    record_property("seconds", round(seconds, 1))
+    print(f"{fault}: all ended after {seconds:.1f} s: {job.errors(output)[0]}")
+    assert job.errors(output)[0].startswith(line) and seconds < limit, output
 
 
-def test_a_link_that_is_cut_for_five_seconds(hosts, folder, reference):
-    def blink():
-        hosts.cut(1)
-        time.sleep(5)
-        hosts.heal(1)
-
-    _, output = disturb(hosts, folder, "blink", blink)
-    assert not job.errors(output), output
-    assert_same_run(folder / "blink", reference)
-
-
-def test_a_stopped_rank(hosts, folder, reference):
-    seconds, output = disturb(hosts, folder, "stopped", lambda: rank(hosts, 1).suspend())
-    assert job.errors(output)[0].startswith("rank 1 on h1 has been ") and "(its process is stopped)" in output, output
-    assert seconds < TIMEOUT + SLACK
-    finish_undisturbed(hosts, folder, "stopped", reference)
-
-
-def test_a_slow_rank_slows_the_job_and_no_more(hosts, folder, reference):
-    def pause():
-        for _ in range(3):
-            rank(hosts, 1).suspend()
-            time.sleep(1)
-            rank(hosts, 1).resume()
-            time.sleep(0.1)
-
-    _, output = disturb(hosts, folder, "slow", pause)
-    assert not job.errors(output), output
-    assert_same_run(folder / "slow", reference)
+def test_a_link_that_is_cut_for_five_seconds_and_a_slow_rank_end_nothing(hosts, folder, reference):
+    """The run that the faults before have interrupted goes through these, and in the end nothing tells it apart."""
+    process = begin(hosts, folder, "run", steps=2)
+    hosts.cut(1)
+    time.sleep(5)
+    hosts.heal(1)
+    for _ in range(3):
+        rank(hosts, 1).suspend()
+        time.sleep(1)
+        rank(hosts, 1).resume()
+        time.sleep(0.1)
+    output = job.finish(process)
+    assert process.returncode == 0 and not job.errors(output), output
+    assert_same_run(folder / "run", reference)
 
 
 def test_a_rank_that_never_starts(hosts, folder, reference):
@@ -119,13 +122,32 @@ def test_a_rank_that_never_starts(hosts, folder, reference):
     assert process.returncode != 0 and time.monotonic() - start < TIMEOUT + 2 * SLACK
 
 
-def test_fewer_hosts_go_on_with_the_same_batch(hosts, folder, reference):
-    """After the loss of a host: the checkpoint of two ranks, on one, and back again."""
-    disturb(hosts, folder, "fewer", lambda: rank(hosts, 1).kill())
-    process = job.start(hosts, folder, "--save", "fewer", "--load", "fewer", ranks=1, local=True)
+def test_a_full_disk_ends_the_job_and_spares_what_was_saved(hosts, folder, reference, disk):
+    save = disk / "run"
+    process = start(hosts, folder, str(save))
+    output = job.finish(process)
+    assert process.returncode != 0
+    assert job.errors(output)[0].startswith(f"{save}: cannot save the checkpoint of step 12: rank "), output
+    assert sorted(path.name for path in save.glob("*step*")) == ["global_step4", "global_step8"]
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    finish_undisturbed(start(hosts, folder, str(save)), save, reference)
+
+
+def test_a_flipped_byte_costs_one_checkpoint_and_fewer_hosts_go_on(hosts, folder, reference):
+    """A host is lost, the newest checkpoint is damaged, and the one before goes on on one host, with the same batch."""
+    process = begin(hosts, folder, "flipped", steps=9)
+    rank(hosts, 1).kill()
+    job.finish(process)
+    shard = next((folder / "flipped" / "global_step8").glob("*_optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    process = job.start(hosts, folder, "--save", "flipped", "--load", "flipped", ranks=1, local=True)
     output = job.finish(process)
     assert process.returncode == 0, output
-    assert "saved by 2 ranks; for 1 ranks now" in output and "train_batch_size stays 4, in 2 micro-batches" in output
-    found, expected = losses(folder / "fewer"), losses(reference)
+    assert f"{shard.relative_to(folder)}: its sha256 is not the one that was written" in output
+    assert "flipped/global_step4: saved by 2 ranks; for 1 ranks now flipped/global_step4_universal" in output
+    assert "train_batch_size stays 4, in 2 micro-batches a rank" in output
+    found, expected = losses(folder / "flipped"), losses(reference)
     assert found.keys() == expected.keys()
     assert all(found[step] == pytest.approx(expected[step], rel=1e-3) for step in expected)
