@@ -28,8 +28,9 @@ def main() -> None:
 
 def pretrain(config: Config) -> None:
     plan = make_plan(config)
-    # Until the training loop takes signals over: a SIGTERM must not leave the lock of a build behind.
-    signal.signal(signal.SIGTERM, leave)
+    # Until the training loop takes signals over: none of them may leave the lock of a build behind.
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, leave)
     with Watch(plan) as watch:
         # Megatron-core and DeepSpeed take many seconds to import: what can be refused without them has been refused.
         from merit_ds.training import setup

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import agree, from_rank_zero, together
-from merit_ds.training.interrupt import BadSteps, Interrupt
+from merit_ds.training.interrupt import SIGNALS, BadSteps, Interrupt
 
 SIGNALLED = """
 import time
@@ -29,18 +29,19 @@ time.sleep(30)
 """
 
 
-def test_signals_set_a_flag_and_the_handlers_come_back() -> None:
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda signum: signum.name)
+def test_signals_set_a_flag_and_the_handlers_come_back(first: signal.Signals) -> None:
     child = subprocess.Popen([sys.executable, "-c", SIGNALLED], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == "ready\n"
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        for signum in (first, *SIGNALS, first):
             child.send_signal(signum)
             time.sleep(0.05)
-        assert child.stdout.readline() == f"saved {int(signal.SIGTERM)}\n"
+        assert child.stdout.readline() == f"saved {int(first)}\n"
         assert child.stdout.readline() == "restored\n"
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=20) == -signal.SIGTERM
+        child.send_signal(signal.SIGUSR1)
+        assert child.wait(timeout=20) == -signal.SIGUSR1
     finally:
         child.kill()
 

@@ -11,10 +11,15 @@ from typing import Any
 from merit_ds.errors import InputError
 
 
-class Interrupt:
-    """While entered, SIGTERM and SIGINT only set a flag; leaving restores the handlers that were there before.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What asks a run to save and stop: launchers, schedulers that preempt and Kubernetes send SIGTERM, a terminal SIGINT,
+Slurm SIGUSR1 ahead of a time limit (`sbatch --signal=USR1@120`)."""
 
-    Launchers signal the ranks one after the other, may send both signals, each more than once, and DeepSpeed's kills
+
+class Interrupt:
+    """While entered, SIGNALS only set a flag; leaving restores the handlers that were there before.
+
+    Launchers signal the ranks one after the other, may send several of them, each more than once, and DeepSpeed's kills
     30 seconds later. So every signal is absorbed, also during the save that the first one brought about.
     Enter it in the main thread: Python allows no handler to be set elsewhere.
     """
@@ -25,7 +30,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self.received = 0
         self._previous: dict[signal.Signals, Any] = {
-            signum: signal.signal(signum, self._note) for signum in (signal.SIGTERM, signal.SIGINT)
+            signum: signal.signal(signum, self._note) for signum in SIGNALS
         }
         return self
 
