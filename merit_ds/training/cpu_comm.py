@@ -19,6 +19,8 @@ from merit_ds.errors import InputError
 
 PATIENCE_SECONDS = 300
 """How long a lock that may belong to a build on another machine is waited for: the build takes 30 to 160 seconds."""
+SHARED_BYTES = 69 * 10**6
+"""What the op takes in /dev/shm for each rank."""
 
 
 def prebuild() -> None:
@@ -42,6 +44,17 @@ def prebuild() -> None:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot build DeepSpeed's CPU communication op (it needs g++ and ninja): {reason}") from error
     print(f"DeepSpeed's CPU communication op is ready in {folder} ({time.monotonic() - start:.0f} s)")
+
+
+def state() -> str:
+    """In a few words: "not used", "ready", "not built", or "locked" with the path of a lock that nobody here holds."""
+    builder = _builder()
+    if builder is None:
+        return "not used"
+    folder = _build_folder(builder)
+    if _unheld(folder / "lock") is not None:
+        return f"locked {folder / 'lock'}"
+    return "ready" if (folder / f"{builder.name}.so").exists() else "not built"
 
 
 def check_stale_lock() -> None:

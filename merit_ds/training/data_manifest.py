@@ -16,6 +16,8 @@ from merit_ds.training.documents import Split
 from merit_ds.training.manifest import fingerprint
 
 SPLITS: tuple[Split, ...] = ("train", "valid")
+HASH_AT_START_BYTES = 2**30
+"""A larger .bin is checked by its size at start-up; `python -m merit_ds.training.data verify` reads all of it."""
 
 
 class FileEntry(Section):

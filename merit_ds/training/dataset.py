@@ -18,12 +18,16 @@ from torch import Tensor
 
 from merit_ds.errors import InputError
 from merit_ds.training.config import DataConfig
-from merit_ds.training.data_manifest import SPLITS, DataManifest, read_manifest, split_prefix, verify_files
+from merit_ds.training.data_manifest import (
+    HASH_AT_START_BYTES,
+    SPLITS,
+    DataManifest,
+    read_manifest,
+    split_prefix,
+    verify_files,
+)
 from merit_ds.training.documents import Split
 from merit_ds.training.tokenizer import Tokenizer
-
-# A larger .bin is checked by its size at start-up; `python -m merit_ds.training.data verify` reads all of it.
-HASH_AT_START_BYTES = 2**30
 
 # GPTDataset warns that it saves no index, which is what is wanted here.
 logging.getLogger("megatron.core.datasets.gpt_dataset").setLevel(logging.ERROR)

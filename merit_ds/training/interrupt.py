@@ -10,7 +10,6 @@ from typing import Any
 
 from merit_ds.errors import InputError
 
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to save and stop: launchers, schedulers that preempt and Kubernetes send SIGTERM, a terminal SIGINT,
 Slurm SIGUSR1 ahead of a time limit (`sbatch --signal=USR1@120`)."""
@@ -29,9 +28,7 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.received = 0
-        self._previous: dict[signal.Signals, Any] = {
-            signum: signal.signal(signum, self._note) for signum in SIGNALS
-        }
+        self._previous: dict[signal.Signals, Any] = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
     def __exit__(

@@ -40,15 +40,19 @@ class Plan:
         return torch.device(get_accelerator().device_name(self.local_rank))
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, *, world: int | None = None) -> Plan:
     """Check the recipe against the JSON and the ranks, before anything is built.
+
+    Args:
+        world: ranks of a run that is yet to be started; None: this process is one of those that a launcher started.
 
     Raises:
         InputError: something does not fit.
     """
-    _refuse_unranked()
+    if world is None:
+        _refuse_unranked()
+        world = int(os.environ.get("WORLD_SIZE", "1"))
     ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     _check_tensor_parallel(config.model, ds_config, ranks=world)
     if optimizer_type(ds_config) == "muon":
         _check_muon(config.model, ds_config)

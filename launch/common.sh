@@ -1,0 +1,69 @@
+# shellcheck shell=bash
+# What the launchers share. Sourced by them, after they have set `root`; it starts nothing.
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# usage FILE: the comment at the head of a script, as its --help.
+usage() {
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"
+    exit 0
+}
+
+# find_recipe NAME: a YAML, or the name of one in configs/. Sets `recipe`, and `folder`: where the run's checkpoints are
+# saved to and continued from, so that one command serves the first start and every further one.
+find_recipe() {
+    [[ -n ${1:-} ]] || fail "which recipe? For instance quickstart; --help tells more"
+    recipe=$1
+    [[ -f $recipe ]] || recipe=${root:?}/configs/$1.yaml
+    [[ -f $recipe ]] || fail "$1: no such recipe; give a YAML, or one of configs/: $(cd "$root/configs" && echo *.yaml)"
+    # shellcheck disable=SC2034 # for the script that sources this
+    folder=runs/$(basename "$recipe" .yaml)
+}
+
+# need COMMAND: is it on the PATH?
+need() {
+    command -v "$1" >/dev/null || fail "$1 is not on the PATH: install it, or activate the environment it is in"
+}
+
+# given OPTION VALUE: has the option a value?
+given() {
+    [[ -n ${2:-} ]] || fail "$1 needs a value; --help tells more"
+}
+
+# wait_for PID: its status when it ends, however many trapped signals interrupt the waiting.
+wait_for() {
+    local status last
+    while true; do
+        status=0
+        wait "$1" || status=$?
+        if ((status <= 128)) || ! kill -0 "$1" 2>/dev/null; then break; fi
+    done
+    # It may have ended while a signal was handled: bash still knows its own status then, and nothing (127) otherwise.
+    last=0
+    wait "$1" 2>/dev/null || last=$?
+    ((last == 127)) || status=$last
+    return "$status"
+}
+
+# run_group COMMAND...: run it with everything that it starts as one process group, pass SIGTERM and SIGINT on to all of
+# it, and return its status when the last of them has ended. The deepspeed command itself would die of SIGTERM without a
+# word to its ranks, and as the first process of a container it would not even notice.
+run_group() {
+    local status=0
+    set -m
+    "$@" &
+    local group=$!
+    # shellcheck disable=SC2064 # this group
+    trap "kill -TERM -- -$group" TERM
+    # shellcheck disable=SC2064
+    trap "kill -INT -- -$group" INT
+    wait_for "$group" || status=$?
+    while kill -0 -- "-$group" 2>/dev/null; do
+        sleep 1
+    done
+    trap - TERM INT
+    return "$status"
+}

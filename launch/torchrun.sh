@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Train with torchrun: run this on each node. A rank that dies restarts all ranks, from the newest checkpoint.
+#
+#   launch/torchrun.sh RECIPE --nodes N --ranks-per-node R --master-addr A [OPTION...] [ARGUMENT...]
+#
+#   RECIPE               a YAML, or the name of one in configs/
+#   --nodes N            how many there are; MIN:MAX starts with what has come, and goes on with fewer after a failure
+#   --ranks-per-node R   GPUs of a node
+#   --master-addr A      a node that all know by this address, for the rendezvous; it must outlive the others
+#   --master-port P      where the nodes meet (default 29400)
+#   --max-restarts K     how often a failure restarts the ranks (default 3)
+#   ARGUMENT...          passed on to pretrain_gpt.py
+#
+# A preflight looks at this node first. Nodes are numbered as they come. The environment is that of each node: nothing
+# travels. Checkpoints go to runs/RECIPE, which must be one folder for all nodes. SIGTERM saves and stops.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/common.sh
+source "$root/launch/common.sh"
+
+[[ ${1:-} != --help ]] || usage "$0"
+find_recipe "${1:-}"
+shift
+nodes="" address="" ranks="" port=29400 restarts=3
+while [[ ${1:-} =~ ^--(nodes|master-addr|ranks-per-node|master-port|max-restarts)$ ]]; do
+    given "$@"
+    case $1 in
+    --nodes) nodes=$2 ;;
+    --master-addr) address=$2 ;;
+    --ranks-per-node) ranks=$2 ;;
+    --master-port) port=$2 ;;
+    --max-restarts) restarts=$2 ;;
+    esac
+    shift 2
+done
+for needed in nodes address ranks; do
+    [[ -n ${!needed} ]] || fail "--nodes, --master-addr and --ranks-per-node are all needed; --help tells more"
+done
+need torchrun
+
+# Without --node-rank it looks at no port: the rendezvous settles which node listens.
+python -m merit_ds.preflight "$recipe" --nodes "${nodes##*:}" --slots "$ranks" \
+    --save "$folder" --load "$folder" "$@"
+
+exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$restarts" --rdzv-backend c10d \
+    --rdzv-endpoint "$address:$port" --rdzv-id "$(basename "$folder")" "$root/pretrain_gpt.py" --config "$recipe" \
+    --save "$folder" --load "$folder" "$@"
