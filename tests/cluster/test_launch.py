@@ -4,48 +4,24 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosts import SSH_PORT, Hosts, environment, missing
-from launch import REPOSITORY, assert_same_run, losses, prepare_text
-
-from merit_ds.training.cpu_comm import _build_folder, _builder
+from hosts import SSH_PORT, Hosts, missing
+from launch import REPOSITORY, assert_same_run, losses
+from recipe import DEEPSPEED, VARIABLES, write_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 STEPS = 6
-RECIPE = """
-model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}
-data: {prefix: data, tokenizer: byte}
-run: {deepspeed: recipe.json, train_tokens: 1536, eval_interval: 100, eval_sequences: 6, save_interval: 100}
-"""
-DEEPSPEED = {
-    "train_batch_size": 8,
-    "train_micro_batch_size_per_gpu": 2,
-    "zero_optimization": {"stage": 2},
-    "optimizer": {"type": "Merit", "params": {"lr": 0.01}},
-}
-VARIABLES = {
-    "DS_ACCELERATOR": "cpu",
-    "GLOO_SOCKET_IFNAME": "eth0",
-    "OMP_NUM_THREADS": "1",
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "TORCH_EXTENSIONS_DIR": str(_build_folder(_builder()).parent),
-}
-"""What does not travel by itself; a real user's .deepspeed_env has the same lines."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe, its data and a .deepspeed_env, as every host sees them."""
     path = tmp_path_factory.mktemp("launch")
-    (path / "recipe.yaml").write_text(RECIPE)
-    (path / "recipe.json").write_text(json.dumps(DEEPSPEED))
-    (path / ".deepspeed_env").write_text(environment(VARIABLES))
-    prepare_text(path)
+    write_recipe(path, steps=STEPS)
     return path
 
 
