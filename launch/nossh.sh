@@ -35,7 +35,7 @@ while [[ ${1:-} =~ ^--(nodes|node-rank|master-addr|ranks-per-node|master-port)$ 
     shift 2
 done
 for needed in nodes node_rank address ranks; do
-    [[ -n ${!needed} ]] || fail "--nodes, --node-rank, --master-addr and --ranks-per-node are all needed; --help tells more"
+    [[ -n ${!needed} ]] || fail "--nodes, --node-rank, --master-addr and --ranks-per-node are needed; --help tells more"
 done
 need deepspeed
 

@@ -34,7 +34,7 @@ while [[ ${1:-} =~ ^--(nodes|master-addr|ranks-per-node|master-port|max-restarts
     shift 2
 done
 for needed in nodes address ranks; do
-    [[ -n ${!needed} ]] || fail "--nodes, --master-addr and --ranks-per-node are all needed; --help tells more"
+    [[ -n ${!needed} ]] || fail "--nodes, --master-addr and --ranks-per-node are needed; --help tells more"
 done
 need torchrun
 

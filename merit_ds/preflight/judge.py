@@ -219,7 +219,10 @@ def check_comm_op(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
     for host, one in facts.items():
         state, _, path = one.machine.comm_op.partition(" ")
         if state == "locked":
-            yield Finding(host, "build", f"DeepSpeed waits forever on {path}, left by a killed build: rm {path}")
+            yield Finding(host, "build", f"DeepSpeed would wait forever on {path}, left by a killed build: rm {path}")
+        elif state == "busy":
+            text = f"{path} was made minutes ago: another host is building, or was killed; the run would wait for it"
+            yield Finding(host, "build", text, fatal=False)
         elif one.machine.comm_op == "not built":
             text = "DeepSpeed will build its CPU op at the start, for minutes: python -m merit_ds.training.cpu_comm"
             yield Finding(host, "build", text, fatal=False)

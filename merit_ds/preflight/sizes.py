@@ -14,12 +14,11 @@ def parameter_count(config: Config, *, vocab_size: int) -> int:
     model = config.model
     width, ffn = model.hidden_size, model.ffn_width
     rows = -(-vocab_size // model.vocab_multiple) * model.vocab_multiple
-    norm = width if model.norm == "rmsnorm" else 2 * width
     head = width // model.num_attention_heads
-    layer = 4 * width**2 + (3 if model.activation == "swiglu" else 2) * width * ffn + 2 * norm
-    layer += 2 * (head if model.norm == "rmsnorm" else 2 * head) if model.qk_norm else 0
+    layer = 4 * width**2 + (3 if model.activation == "swiglu" else 2) * width * ffn + 2 * width
+    layer += 2 * head if model.qk_norm else 0
     positions = model.seq_length * width if model.positions == "learned" else 0
-    return rows * width * (1 if model.tied_embeddings else 2) + positions + model.num_layers * layer + norm
+    return rows * width * (1 if model.tied_embeddings else 2) + positions + model.num_layers * layer + width
 
 
 def checkpoint_bytes(config: Config, *, vocab_size: int) -> int:

@@ -47,13 +47,17 @@ def prebuild() -> None:
 
 
 def state() -> str:
-    """In a few words: "not used", "ready", "not built", or "locked" with the path of a lock that nobody here holds."""
+    """In a few words: "not used", "ready", "not built", "locked" or "busy".
+
+    The path of the lock follows: of a killed build, or of one that another machine may still hold.
+    """
     builder = _builder()
     if builder is None:
         return "not used"
     folder = _build_folder(builder)
-    if _unheld(folder / "lock") is not None:
-        return f"locked {folder / 'lock'}"
+    lock = _unheld(folder / "lock")
+    if lock is not None:
+        return f"{'locked' if time.time() - lock.st_mtime > PATIENCE_SECONDS else 'busy'} {folder / 'lock'}"
     return "ready" if (folder / f"{builder.name}.so").exists() else "not built"
 
 

@@ -14,7 +14,7 @@ from merit_ds.training.cpu_comm import _build_folder, _builder
 RECIPE = """
 model: {{num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}}
 data: {{prefix: data, tokenizer: byte}}
-run: {{deepspeed: recipe.json, train_tokens: {tokens}, eval_interval: 1000, eval_sequences: 6, save_interval: 1000}}
+run: {{deepspeed: recipe.json, train_tokens: {tokens}, eval_interval: 1000, eval_sequences: 6, save_interval: 30}}
 """
 DEEPSPEED = {
     "train_batch_size": 8,

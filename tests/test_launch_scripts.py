@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of launch/ where nothing is started: shellcheck, --help, plain errors, and signals to a process group."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launch import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+STARTED = [name for name in SCRIPTS if name != "common.sh"]
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, folder: Path = REPOSITORY, **environment: str) -> "subprocess.CompletedProcess[str]":
+    variables = {"PATH": f"{BIN}:/usr/bin:/bin", **environment}
+    return subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, timeout=60)
+
+
+def test_shellcheck_finds_nothing() -> None:
+    assert len(SCRIPTS) == 6
+    finished = run(str(BIN / "shellcheck"), "--external-sources", *(f"launch/{name}" for name in SCRIPTS))
+    assert (finished.returncode, finished.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_help_and_plain_errors(name: str, tmp_path: Path) -> None:
+    script = ["bash", str(LAUNCH / name)] if name.endswith(".sbatch") else [str(LAUNCH / name)]
+    shown = run(*script, "--help")
+    assert shown.returncode == 0 and "RECIPE" in shown.stdout and not shown.stderr
+    assert "set -e" not in shown.stdout and "#" not in shown.stdout
+    for arguments, says in (
+        ([], "error: which recipe?"),
+        (["nope"], "error: nope: no such recipe; give a YAML, or one of configs/: gpt2_large_8k.yaml "),
+    ):
+        refused = run(*script, *arguments)
+        assert refused.returncode == 1 and refused.stderr.startswith(says) and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["multinode.sh", "quickstart"], "which hosts? --hostfile FILE, with a line like: node1 slots=8"),
+        (["multinode.sh", "quickstart", "--hostfile"], "--hostfile needs a value; --help tells more"),
+        (["multinode.sh", "quickstart", "--hostfile", "none"], "none: no such hostfile; write one"),
+        (["nossh.sh", "quickstart", "--nodes", "2"], "--nodes, --node-rank, --master-addr and --ranks-per-node"),
+        (["torchrun.sh", "quickstart"], "--nodes, --master-addr and --ranks-per-node are needed"),
+        (["slurm.sbatch", "quickstart"], "hand it to sbatch; --help shows how"),
+    ],
+)
+def test_what_is_missing_is_named(command: list[str], says: str) -> None:
+    refused = run("bash", str(LAUNCH / command[0]), *command[1:])
+    assert refused.returncode == 1 and refused.stderr.startswith(f"error: {says}")
+
+
+def test_a_missing_environment_is_named() -> None:
+    refused = run("/bin/bash", str(LAUNCH / "local.sh"), "quickstart", PATH="/usr/bin:/bin")
+    assert refused.stderr == "error: deepspeed is not on the PATH: install it, or activate the environment it is in\n"
+
+
+RANK = """
+import signal, sys, time
+def save(signum, frame):
+    time.sleep(1.5)  # the checkpoint
+    print("saved", signum, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
+def test_a_signal_reaches_every_rank_and_their_saving_is_waited_for(signum: signal.Signals, tmp_path: Path) -> None:
+    """The launcher between, like deepspeed's, dies of the signal at once."""
+    (tmp_path / "rank.py").write_text(RANK)
+    launcher = f"trap - INT; {sys.executable} {tmp_path}/rank.py & wait"
+    script = f'set -euo pipefail; source {LAUNCH}/common.sh; run_group bash -c "{launcher}"; exit 0'
+    process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    started = time.monotonic()
+    assert process.wait(timeout=30) == 128 + signum and time.monotonic() - started > 1
+    assert process.stdout.read() == f"saved {int(signum)}\n"
+
+
+def test_a_group_s_status_is_its_command_s() -> None:
+    script = f"source {LAUNCH}/common.sh; run_group bash -c 'exit {{}}'"
+    assert [run("bash", "-c", script.format(status)).returncode for status in (0, 3)] == [0, 3]

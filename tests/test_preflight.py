@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The preflight's judgement of real facts of this machine, altered one at a time, and what it collects them with."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from alone import megatron_alone
+from deepspeed.launcher.runner import _parse_hostfile
+from launch import environment, prepare_text
+from ranks import free_port
+from test_recipes import CONFIGS, LARGE_SCALE
+
+from merit_ds.errors import InputError
+from merit_ds.preflight import meeting as meetings
+from merit_ds.preflight.facts import Facts
+from merit_ds.preflight.hosts import launcher_exports, read_facts, read_hostfile
+from merit_ds.preflight.judge import CHECKS, Job, judge
+from merit_ds.preflight.meeting import Meeting, Met, meet
+from merit_ds.preflight.sizes import checkpoint_bytes, parameter_count
+from merit_ds.training.config import Config, load_config
+from merit_ds.training.model import build_model, padded_vocab
+
+RECIPE = """
+model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}
+data: {prefix: data, tokenizer: byte}
+run: {deepspeed: recipe.json, train_tokens: 10240, save: runs/recipe}
+"""
+DEEPSPEED = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "Merit", "params": {"lr": 0.01}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preflight")
+    (path / "recipe.yaml").write_text(RECIPE)
+    (path / "recipe.json").write_text(json.dumps(DEEPSPEED))
+    prepare_text(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    return load_config(folder / "recipe.yaml")
+
+
+def run(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", module, *arguments]
+    variables = environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, cwd=folder, env=variables, text=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> Facts:
+    """What this machine is, as one of two hosts would print it."""
+    finished = run(folder, "merit_ds.preflight.facts", "--host", "h0", "--config", "recipe.yaml")
+    (facts,) = read_facts(finished.stdout, "the command")
+    assert facts.data and facts.data.problem is None and facts.recipe.problem is None
+    assert not (folder / "runs").exists()  # looked at, and gone again
+    fit = {
+        "comm_op": "ready",
+        "own_address": "10.0.0.1",
+        "chosen": {},
+        "shm_free": 10**11,
+        "open_files": 10**5,
+        "devices": 2,
+    }
+    return altered(facts, met=Met(), machine=facts.machine.model_copy(update=fit))
+
+
+def altered(facts: Facts, **changes: Any) -> Facts:
+    """With other values, `section__field` for one of a section's."""
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        new = getattr(facts, section).model_copy(update={field: value}) if field else value
+        facts = facts.model_copy(update={section: new})
+    return facts
+
+
+def findings(config: Config, first: Facts, second: Facts, *, slots: int = 1) -> list[tuple[str, str, str, bool]]:
+    hosts = {"h0": first, "h1": altered(second, host="h1")}
+    found = judge(Job(dict.fromkeys(hosts, slots), config), hosts, {})
+    return [(one.host, one.check, one.text, one.fatal) for one in found]
+
+
+def test_two_hosts_like_this_one_are_well(config: Config, here: Facts) -> None:
+    assert findings(config, here, here) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "says"),
+    [
+        ({"software__versions": {"torch": "1.0"}}, "versions", "torch 1.0, deepspeed missing"),
+        ({"software__python": "3.9.0"}, "versions", "python 3.9.0; h0 has 3."),
+        ({"software__sha256": "0", "software__revision": None}, "source", "(no checkout) than on h0"),
+        ({"recipe__sha256": {"recipe.yaml": "0"}}, "recipe", "recipe.yaml: not the file that h0 has"),
+        ({"recipe__problem": "recipe.yaml: gone"}, "recipe", "recipe.yaml: gone"),
+        ({"data__problem": "data.json: gone"}, "data", "data.json: gone"),
+        ({"data__sha256": "0"}, "data", "other data than on h0"),
+        ({"machine__device": "cuda"}, "devices", "DeepSpeed finds cuda here and cpu on h0"),
+        ({"machine__device": "cuda", "machine__devices": 0}, "devices", "slots=1, but 0 cuda devices"),
+        ({"met": Met(problem="cannot reach")}, "port", "cannot reach"),
+        ({"met": Met(folder_problem="not the first host's")}, "run.save", "not the first host's"),
+        ({"save__problem": "cannot be written"}, "run.save", "cannot be written"),
+        ({"save__free_bytes": 10**6}, "disk", "1.0 MB free, but 3 more checkpoints of about 0.7 MB"),
+        ({"met": Met(clock_seconds=-60.0)}, "clock", "60 s behind"),
+        ({"machine__open_files": 1024}, "limits", "1024 open files"),
+        ({"machine__device": "cuda", "machine__locked_memory": 65536}, "limits", "InfiniBand"),
+        ({"machine__own_address": "127.0.1.1"}, "network", "its own name is 127.0.1.1 to it"),
+        ({"machine__own_address": None}, "network", "its own name has no address"),
+        ({"machine__chosen": {"GLOO_SOCKET_IFNAME": "eth"}, "machine__interfaces": ["lo", "eth0"]}, "network", "eth0"),
+        ({"machine__chosen": {"NCCL_SOCKET_IFNAME": "=ib"}, "machine__interfaces": ["lo", "ib0"]}, "network", "ib0"),
+        ({"machine__comm_op": "locked /x/lock"}, "build", "rm /x/lock"),
+        ({"machine__comm_op": "busy /x/lock"}, "build", "another host is building"),
+        ({"machine__comm_op": "not built"}, "build", "python -m merit_ds.training.cpu_comm"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_host(
+    config: Config, here: Facts, changes: dict[str, Any], check: str, says: str
+) -> None:
+    found = findings(config, here, altered(here, **changes))
+    assert any(host == "h1" and name == check and says in text for host, name, text, _ in found), found
+    assert {host for host, *_ in found} == {"h1"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"save__free_bytes": 10**6, "save__checkpoints": 2},  # room for the one that is being written
+        {"met": Met(clock_seconds=4.0)},
+        {"machine__own_address": "127.0.1.1", "machine__chosen": {"GLOO_SOCKET_IFNAME": "lo"}},
+        {"machine__chosen": {"NCCL_SOCKET_IFNAME": "^docker,lo"}, "machine__interfaces": ["lo", "eth0"]},
+        {"machine__chosen": {"NCCL_SOCKET_IFNAME": "eth"}, "machine__interfaces": ["lo", "eth0"]},
+        {"machine__comm_op": "not used"},
+    ],
+)
+def test_what_is_well_is_not_complained_of(config: Config, here: Facts, changes: dict[str, Any]) -> None:
+    assert findings(config, here, altered(here, **changes)) == []
+
+
+def test_several_ranks_of_a_host_need_shared_memory_and_a_batch_that_fits(config: Config, here: Facts) -> None:
+    found = findings(config, here, altered(here, machine__shm_free=64 * 2**20), slots=3)
+    assert [(host, check) for host, check, *_ in found] == [
+        *(("all", "batch"), ("h0", "devices"), ("h1", "shm"), ("h1", "devices"))
+    ]
+    assert "6 data-parallel ranks = 12; the nearest that fit: train_batch_size 12" in found[0][2]
+    assert [fatal for *_, fatal in found] == [True, False, True, False]
+
+
+def test_a_silent_host_comes_with_its_reason(config: Config, here: Facts) -> None:
+    job = Job({"h0": 1, "h1": 1}, config)
+    (found,) = judge(job, {"h0": here}, {"h1": "ssh: no route"})
+    assert (found.host, found.check, found.text, found.fatal) == ("h1", "reachable", "ssh: no route", True)
+    assert judge(job, {}, {"h0": "x", "h1": "x"})[0].host == "h0"
+
+
+def quiet_port() -> int:
+    """A free port outside of the range from which the kernel gives ports to other programs meanwhile."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
+def test_this_host_alone(folder: Path) -> None:
+    """The command, as launch/nossh.sh calls it: well, a taken port, and a recipe that does not fit."""
+    port = quiet_port()
+    options = ["recipe.yaml", "--nodes", "2", "--node-rank", "0", "--master-port", str(port)]
+    well = run(folder, "merit_ds.preflight", *options)
+    assert well.returncode == 0, well.stdout
+    assert well.stdout.splitlines()[-1].startswith(f"preflight: 1 host, {len(CHECKS) + 1} checks: all well")
+    with socket.create_server(("", port)):
+        taken = run(folder, "merit_ds.preflight", *options, "--set", "data.prefix=none")
+    assert taken.returncode == 1 and taken.stdout.endswith("preflight: 2 of these would stop the run\n")
+    assert f"node0  port   cannot listen on port {port}: Address already in use" in taken.stdout
+    assert "node0  data   none.json: no prepared data" in taken.stdout
+    assert not (folder / "runs").exists()
+    wrong = run(folder, "merit_ds.preflight", "recipe.yaml", "--set", "run.nope=1")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: recipe.yaml: unknown key 'run.nope'")
+
+
+def test_large_data_is_read_on_demand(folder: Path) -> None:
+    """A changed byte in a file too large to be hashed at the start: --hash-data sees it, else it counts as unread."""
+    (folder / "large").mkdir()
+    for path in folder.glob("data*"):
+        (folder / "large" / path.name).write_bytes(path.read_bytes())
+    damaged = folder / "large" / "data_train.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    small = "import sys, merit_ds.preflight.facts as f; f.HASH_AT_START_BYTES = 100; f.main(sys.argv[1:])"
+    for options, problem in (([], None), (["--hash-data"], "corrupt, its sha256")):
+        command = [sys.executable, "-c", small, "--config", "recipe.yaml", "--set", "data.prefix=large/data", *options]
+        finished = subprocess.run(command, cwd=folder, env=environment(), text=True, capture_output=True, check=True)
+        data = read_facts(finished.stdout, "it")[0].data
+        assert data is not None and (problem in (data.problem or "") if problem else data.problem is None)
+        assert data.unread == ([] if options else ["large/data_train.bin", "large/data_valid.bin"])
+
+
+def hold(first: Path | None, second: Path | None, *, numbers: str = "77", seconds: float = 20) -> list[Met]:
+    """A meeting of two, each in a thread."""
+    port, met = free_port(), [Met(), Met()]
+
+    def attend(rank: int) -> None:
+        met[rank] = meet(Meeting("127.0.0.1", port, numbers[rank], rank, 2, seconds), (first, second)[rank])
+
+    threads = [threading.Thread(target=attend, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return met
+
+
+def test_hosts_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = hold(tmp_path, tmp_path)
+    assert (first, second.problem, second.folder_problem) == (Met(), None, None)
+    assert second.clock_seconds is not None and abs(second.clock_seconds) < 1
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(meetings, "VISIBLE_SECONDS", 0.5)
+    other = tmp_path / "other"
+    other.mkdir()
+    first, second = hold(tmp_path, other)
+    assert first == Met() and "what it writes there does not appear here" in str(second.folder_problem)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_stranger_is_sent_away() -> None:
+    start = time.monotonic()
+    first, second = hold(None, None, numbers="78", seconds=2)
+    assert first == Met() and "something else answers there" in str(second.problem)
+    assert time.monotonic() - start < 30
+
+
+def test_a_master_that_is_not_there() -> None:
+    met = meet(Meeting("127.0.0.1", free_port(), "7", 1, 2, 0.5), None)
+    assert "where the ranks will meet: Connection refused" in str(met.problem)
+
+
+HOSTFILES = [
+    "h0 slots=8\nh1 slots=8\n",
+    "# two\n\n  h1   slots=2  \n#h2 slots=1\nh0\tslots=1",
+    "h0",
+    "h0 slots=x\n",
+    "h0 slots = 8",
+    "h0 slots=8\nh0 slots=4\n",
+    "",
+    "# none\n",
+]
+
+
+@pytest.mark.parametrize("text", HOSTFILES)
+def test_hostfiles_are_read_as_deepspeed_reads_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    try:
+        expected = list(_parse_hostfile(text.splitlines()).items())
+    except ValueError:
+        with pytest.raises(InputError, match="hosts"):
+            read_hostfile(tmp_path / "hosts")
+    else:
+        assert list(read_hostfile(tmp_path / "hosts").items()) == expected
+
+
+def test_a_hostfile_s_fault_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("h0 slots=1\n\nh1: 2\n")
+    with pytest.raises(InputError, match=r"hosts:3: 'h1: 2' is not `NAME slots=N`"):
+        read_hostfile(tmp_path / "hosts")
+    with pytest.raises(InputError, match="cannot read the hostfile: No such file"):
+        read_hostfile(tmp_path / "none")
+
+
+def test_the_launcher_s_variables_are_those_of_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `.deepspeed_env` has them, expanded on the other side; DeepSpeed's own traceback for a comment is foreseen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UCX_X", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    example = CONFIGS.parent / "launch" / "deepspeed_env.example"
+    lines = [line for line in example.read_text().splitlines() if line and not line.startswith("#")]
+    Path(".deepspeed_env").write_text("\n".join(lines))
+    script = launcher_exports() + "env"
+    shown = subprocess.check_output(["bash", "-c", script], env={"PATH": "/usr/bin:/bin"}, text=True)
+    there = dict(line.split("=", 1) for line in shown.splitlines())
+    assert there["PATH"] == "/path/to/merit_ds/.venv/bin:/usr/bin:/bin" and there["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert there["UCX_X"] == "1" and there["PYTHONPATH"].startswith(str(tmp_path)) and "DS_ACCELERATOR" not in there
+    Path(".deepspeed_env").write_text("A=1\n# no\n")
+    with pytest.raises(InputError, match=r"\.deepspeed_env:2: '# no' is not NAME=VALUE"):
+        launcher_exports()
+
+
+@pytest.mark.parametrize("name", LARGE_SCALE)
+def test_a_recipe_s_parameters_are_counted(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    parameters = parameter_count(config, vocab_size=50257)
+    assert parameters == LARGE_SCALE[name][0]
+    assert checkpoint_bytes(config, vocab_size=50257) == 14 * parameters  # bf16, and three float32
+
+
+def test_every_kind_of_model_is_counted(config: Config) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"qk_norm": True},
+        {"norm": "rmsnorm", "qk_norm": True, "activation": "swiglu", "positions": "rotary", "ffn_hidden_size": 50},
+        {"tied_embeddings": False},
+    ]
+    with megatron_alone():
+        for kind in kinds:
+            model = config.model.model_copy(update=kind)
+            built = build_model(model, vocab_size=257, dtype=torch.float32, device="meta", seed=1)
+            expected = sum(p.numel() for p in built.parameters() if p.requires_grad)
+            assert parameter_count(config.model_copy(update={"model": model}), vocab_size=257) == expected
+    assert padded_vocab(257, multiple=config.model.vocab_multiple) == 384
