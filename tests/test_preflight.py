@@ -2,6 +2,7 @@
 """The preflight's judgement of real facts of this machine, altered one at a time, and what it collects them with."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
