@@ -66,7 +66,7 @@ def run(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProc
 def here(folder: Path) -> Facts:
     """What this machine is, as one of two hosts would print it."""
     finished = run(folder, "merit_ds.preflight.facts", "--host", "h0", "--config", "recipe.yaml")
-    (facts,) = read_facts(finished.stdout, "the command")
+    (facts,) = read_facts(finished.stdout)
     assert facts.data and facts.data.problem is None and facts.recipe.problem is None
     assert not (folder / "runs").exists()  # looked at, and gone again
     fit = {
@@ -202,7 +202,7 @@ def test_large_data_is_read_on_demand(folder: Path) -> None:
     for options, problem in (([], None), (["--hash-data"], "corrupt, its sha256")):
         command = [sys.executable, "-c", small, "--config", "recipe.yaml", "--set", "data.prefix=large/data", *options]
         finished = subprocess.run(command, cwd=folder, env=environment(), text=True, capture_output=True, check=True)
-        data = read_facts(finished.stdout, "it")[0].data
+        data = read_facts(finished.stdout)[0].data
         assert data is not None and (problem in (data.problem or "") if problem else data.problem is None)
         assert data.unread == ([] if options else ["large/data_train.bin", "large/data_valid.bin"])
 

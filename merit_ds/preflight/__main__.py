@@ -76,7 +76,7 @@ def gather(
 ) -> tuple[dict[str, Facts], dict[str, str]]:
     """Facts by host, and why there are none of the others."""
     if options.facts:
-        found = [one for path in options.facts for one in read_facts(_text(path), str(path))]
+        found = [one for path in options.facts for one in read_facts(_text(path))]
         unknown = [one.host for one in found if one.host not in slots]
         if unknown:
             raise InputError(f"--facts: {unknown[0]} is not in the hostfile")
@@ -116,7 +116,10 @@ def over_ssh(
         if isinstance(answer, InputError):
             silent[host] = str(answer)
         else:
-            (facts[host],) = read_facts(answer, host)
+            try:
+                (facts[host],) = read_facts(answer)
+            except InputError as error:
+                silent[host] = str(error)
     return facts, silent
 
 

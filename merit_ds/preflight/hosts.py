@@ -61,21 +61,21 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def read_facts(text: str, source: str) -> list[Facts]:
+def read_facts(text: str) -> list[Facts]:
     """The facts among what `merit_ds.preflight.facts` printed, on one host or on several.
 
     Raises:
-        InputError: there are none, or they are of another version; `source` names the text.
+        InputError: there are none, or they are of another version.
     """
     lines = [line for line in text.splitlines() if line.startswith("{")]
     if not lines:
-        raise InputError(f"{source}: no facts of a host in it")
+        raise InputError("no facts of a host among what was printed")
     try:
         return [Facts.model_validate_json(line) for line in lines]
     except ValidationError as error:
-        raise InputError(
-            f"{source}: facts of a host by another version of merit_ds: {error.errors()[0]['msg']}"
-        ) from None
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"facts by another version of merit_ds: {where}: {first['msg']}") from None
 
 
 def launcher_exports() -> str:
