@@ -8,7 +8,7 @@ fail() {
 
 # usage FILE: the comment at the head of a script, as its --help.
 usage() {
-    sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"
+    sed -n '2,/^[^#]/{s/^#\( \|$\)//p}' "$1"
     exit 0
 }
 
