@@ -79,9 +79,9 @@ class Slurm:
         self.run("scancel", "--full", "--user=root")
         self.run("scontrol", "shutdown")
 
-    def run(self, *command: str, folder: Path = Path("/"), **options: Any) -> str:
-        """A command of Slurm on the first host, in the folder, to success; what it printed."""
-        return self._run(0, "env", f"--chdir={folder}", f"SLURM_CONF={self.config}", *command, **options)
+    def run(self, *command: str, **options: Any) -> str:
+        """A command of Slurm on the first host, to success; options as `Hosts.run` has them. What it printed."""
+        return self._run(0, "env", f"SLURM_CONF={self.config}", *command, **options)
 
     def state(self, job: str) -> str:
         """Of a job: PENDING, RUNNING, COMPLETED, ..."""

@@ -1,108 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts of launch/ on real hosts: the same run, bit for bit, by every way; and what is wrong, in a table."""
 
-import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
+import job
 import pytest
-from hosts import SSH_PORT, Hosts, missing
+from hosts import SSH_PORT, Hosts
 from launch import REPOSITORY, assert_same_run, losses
-from recipe import DEEPSPEED, VARIABLES, write_recipe
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+from merit_ds.preflight.sizes import checkpoint_bytes
+from merit_ds.training.config import load_config
 
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, its data and a .deepspeed_env, as every host sees them."""
-    path = tmp_path_factory.mktemp("launch")
-    write_recipe(path, steps=STEPS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as running:
-        yield running
+STEPS = 4
+VARIABLES = os.environ | job.VARIABLES
 
 
 @pytest.fixture(scope="module")
 def here(folder: Path, hosts: Hosts) -> Path:
     """The run of two ranks on one host."""
-    command = script(folder, "local.sh", "--ranks", "2", *saving("here"))
-    finished = hosts.run(0, *command, env=variables(), timeout=300)
+    job.write_recipe(folder, steps=STEPS, batch=8, micro_batch=2)
+    finished = on(hosts, folder, "local.sh", "--ranks", "2", save="here")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(losses(folder / "here")) == STEPS
     return folder / "here"
 
 
-def variables() -> dict[str, str]:
-    return os.environ | VARIABLES
+def command(name: str, *arguments: str, save: str) -> list[str]:
+    return [str(REPOSITORY / "launch" / name), "recipe.yaml", *arguments, "--save", save, "--load", save]
 
 
-def script(folder: Path, name: str, *arguments: str) -> list[str]:
-    """A command of launch/, in the folder: entering a host's mounts leaves the working folder."""
-    return ["env", f"--chdir={folder}", str(REPOSITORY / "launch" / name), "recipe.yaml", *arguments]
+def on(hosts: Hosts, folder: Path, *arguments: str, save: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script on the first host."""
+    return hosts.run(0, *command(*arguments, save=save), cwd=folder, env=VARIABLES, timeout=400)
 
 
-def saving(name: str) -> list[str]:
-    return ["--save", name, "--load", name]
-
-
-def on_each(hosts: Hosts, *commands: list[str]) -> None:
-    """Run a command on each host at once, to success."""
-    started = [hosts.start(host, *command, env=variables()) for host, command in enumerate(commands)]
-    outputs = [process.communicate(timeout=300)[0] for process in started]
+def on_each(hosts: Hosts, folder: Path, *commands: list[str]) -> None:
+    """Run a command on each of the first hosts at once, to success."""
+    started = [hosts.start(host, *argv, cwd=folder, env=VARIABLES) for host, argv in enumerate(commands)]
+    outputs = [job.finish(process, within=400) for process in started]
     assert [process.returncode for process in started] == [0] * len(commands), "\n".join(outputs)
 
 
-def multinode(
-    hosts: Hosts, folder: Path, *arguments: str, hostfile: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    given = ["--hostfile", str(hostfile or hosts.hostfile), "--ssh-port", str(SSH_PORT)]
-    return hosts.run(0, *script(folder, "multinode.sh", *given, *arguments), env=variables(), timeout=300)
+def multinode(hosts: Hosts, folder: Path, *names: str, save: str) -> "subprocess.CompletedProcess[str]":
+    hostfile = folder / "hosts"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
+    return on(hosts, folder, "multinode.sh", "--hostfile", "hosts", "--ssh-port", str(SSH_PORT), save=save)
 
 
 def test_pdsh(hosts: Hosts, folder: Path, here: Path) -> None:
-    finished = multinode(hosts, folder, *saving("pdsh"))
+    finished = multinode(hosts, folder, "h0", "h1", save="pdsh")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "preflight: 2 hosts, 15 checks: all well\n" in finished.stdout
+    assert "preflight: 2 hosts, 15 checks: all well" in finished.stdout
     assert_same_run(folder / "pdsh", here)
     # The same command again: nothing is left to do.
-    finished = multinode(hosts, folder, *saving("pdsh"))
+    finished = multinode(hosts, folder, "h0", "h1", save="pdsh")
     assert finished.returncode == 0 and f"continuing from step {STEPS}" in finished.stdout
     assert_same_run(folder / "pdsh", here)
 
 
 def test_no_ssh(hosts: Hosts, folder: Path, here: Path) -> None:
-    common = ["--nodes", "2", "--master-addr", "h0", "--ranks-per-node", "1", *saving("nossh")]
-    on_each(hosts, *(script(folder, "nossh.sh", "--node-rank", str(rank), *common) for rank in range(2)))
+    common = ["--nodes", "2", "--master-addr", "h0", "--ranks-per-node", "1"]
+    ranks = (command("nossh.sh", "--node-rank", str(rank), *common, save="nossh") for rank in range(2))
+    on_each(hosts, folder, *ranks)
     assert_same_run(folder / "nossh", here)
 
 
 def test_torchrun(hosts: Hosts, folder: Path, here: Path) -> None:
-    common = ["--nodes", "2", "--master-addr", "h0", "--ranks-per-node", "1", *saving("torchrun")]
-    on_each(hosts, *[script(folder, "torchrun.sh", *common)] * 2)
+    common = ["--nodes", "2", "--master-addr", "h0", "--ranks-per-node", "1"]
+    on_each(hosts, folder, *[command("torchrun.sh", *common, save="torchrun")] * 2)
     assert_same_run(folder / "torchrun", here)
 
 
-def test_what_is_wrong_is_in_a_table(hosts: Hosts, folder: Path) -> None:
+def test_a_checkpoint_takes_what_the_preflight_thinks(folder: Path, here: Path) -> None:
+    size = sum(path.stat().st_size for path in (here / f"global_step{STEPS}").rglob("*") if path.is_file())
+    assert 0.95 < size / checkpoint_bytes(load_config(folder / "recipe.yaml"), vocab_size=256) < 1.05
+
+
+def test_what_is_wrong_is_in_a_table(hosts: Hosts, folder: Path, here: Path) -> None:
     """A host that does not answer, one with another recipe, a folder that is not shared; and nothing is started."""
-    hostfile = folder / "three"
-    hostfile.write_text(hosts.hostfile.read_text() + "h7 slots=1\n")
-    (folder / "unshared").mkdir()
-    (folder / "other.json").write_text(json.dumps(DEEPSPEED | {"gradient_clipping": 0.5}))
-    hosts.run(1, "mount", "--bind", str(folder / "other.json"), str(folder / "recipe.json"), check=True)
-    hosts.run(1, "mount", "-t", "tmpfs", "tmpfs", str(folder / "unshared"), check=True)
+    recipe, unshared, other = folder / "recipe.json", folder / "unshared", folder / "other.json"
+    unshared.mkdir()
+    other.write_text(recipe.read_text().replace('"stage": 2', '"stage": 1'))
+    hosts.run(1, "mount", "--bind", str(other), str(recipe), check=True)
+    hosts.run(1, "mount", "-t", "tmpfs", "tmpfs", str(unshared), check=True)
     try:
-        finished = multinode(hosts, folder, *saving("unshared"), hostfile=hostfile)
+        finished = multinode(hosts, folder, "h0", "h1", "h7", save="unshared")
     finally:
-        hosts.run(1, "umount", str(folder / "recipe.json"), str(folder / "unshared"), check=True)
+        hosts.run(1, "umount", str(recipe), str(unshared), check=True)
     rows = [line.split(maxsplit=2) for line in finished.stdout.splitlines() if line[:3] in ("all", "h0 ", "h1 ", "h7 ")]
     assert [row[:2] for row in rows] == [["all", "batch"], ["h1", "recipe"], ["h1", "run.save"], ["h7", "reachable"]]
     assert "the nearest that fit: train_batch_size 6 or 12" in rows[0][2]
@@ -110,4 +96,4 @@ def test_what_is_wrong_is_in_a_table(hosts: Hosts, folder: Path) -> None:
     assert rows[2][2].startswith("unshared is not the first host's")
     assert rows[3][2].startswith("ssh: ") and "h7" in rows[3][2]
     assert finished.returncode == 1 and finished.stdout.endswith("preflight: 4 of these would stop the run\n")
-    assert list((folder / "unshared").iterdir()) == [] and not hosts.processes(1, "deepspeed.launcher")
+    assert list(unshared.iterdir()) == [] and not hosts.processes(1, "deepspeed.launcher")
