@@ -235,6 +235,7 @@ def test_hosts_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = hold(tmp_path, other)
     assert first == Met() and "what it writes there does not appear here" in str(second.folder_problem)
     assert list(tmp_path.iterdir()) == [other]
+    assert "does not appear here" in str(hold(tmp_path, tmp_path / "none")[1].folder_problem)
 
 
 def test_a_stranger_is_sent_away() -> None:

@@ -114,7 +114,9 @@ def collect(host: str, options: argparse.Namespace, meeting: Meeting | None) -> 
     """
     config, recipe = _recipe(options)
     data = None if config is None else _data(config.data, read_all=options.hash_data)
-    made, save = ([], None) if config is None else _save(config.run.save)
+    # The first host makes the folder, as the trainer's first rank will; on the others it has to appear.
+    first = meeting is None or meeting.rank == 0
+    made, save = ([], None) if config is None else _save(config.run.save, make=first)
     folder = Path(save.path) if save and save.path and not save.problem else None
     try:
         met = None if meeting is None else meet(meeting, folder)
@@ -157,16 +159,17 @@ def _data(data: DataConfig, *, read_all: bool) -> Data:
     return Data(sha256=sha256, vocab_size=vocab_size, problem=problem, unread=unread)
 
 
-def _save(name: str | None) -> tuple[list[Path], Save]:
-    """Look at `run.save`; which folders had to be made for that, the innermost first."""
+def _save(name: str | None, *, make: bool) -> tuple[list[Path], Save]:
+    """Look at `run.save`; which folders were made for that, the innermost first."""
     if name is None:
         return [], Save(path=None, problem=None, free_bytes=0, checkpoints=0)
     folder = Path(name)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if make and not path.exists()]
     problem = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             problem = f"{folder} cannot be written"
     except OSError as error:
         problem = f"cannot make {folder}: {error.strerror}"
@@ -178,7 +181,7 @@ def _save(name: str | None) -> tuple[list[Path], Save]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # another host still uses it, or has removed it
+        with suppress(OSError):  # something has come into it meanwhile
             folder.rmdir()
 
 

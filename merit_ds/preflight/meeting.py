@@ -59,7 +59,7 @@ def meet(meeting: Meeting, folder: Path | None) -> Met:
     """Listen, or come. Blocks for `meeting.seconds` at most, and some for the folder.
 
     Args:
-        folder: `run.save`, an existing folder; None: it is not looked at.
+        folder: `run.save`, which exists on the first host; None: it is not looked at.
     """
     if meeting.rank == 0:
         return _listen(meeting, folder)
@@ -153,7 +153,8 @@ def _appears(path: Path) -> bool:
     deadline = time.monotonic() + VISIBLE_SECONDS
     while time.monotonic() < deadline:
         # Listing the folder makes NFS ask the server, where a look at the one name may be answered from a cache.
-        if any(entry == path for entry in path.parent.iterdir()):
-            return True
+        with suppress(OSError):
+            if path in path.parent.iterdir():
+                return True
         time.sleep(0.2)
     return False
