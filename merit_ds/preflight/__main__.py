@@ -101,7 +101,7 @@ def over_ssh(
     silent: dict[str, str] = {}
     for host, answer in Ssh(port=options.ssh_port, seconds=30).run(dict.fromkeys(hosts, "true")):
         if isinstance(answer, InputError):
-            silent[host] = f"ssh: {answer}"
+            silent[host] = f"ssh: {str(answer).removeprefix('ssh: ')}"
     there = [host for host in hosts if host not in silent]
     ssh = Ssh(port=options.ssh_port, seconds=options.wait + 300)
     common = ["--master-addr", options.master_addr or hosts[0], "--master-port", str(options.master_port)]
