@@ -11,7 +11,7 @@ from torch import Tensor
 from merit_ds.ops.eager import norms_of, pieces, view
 from merit_ds.ops.rule import Norms, Rule
 from merit_ds.ops.table import Operands, tabulate
-from merit_ds.plan import Plan
+from merit_ds.phases import Plan
 from merit_ds.shard import Shard
 
 

@@ -26,7 +26,7 @@ from merit_ds.inspection import Inspector, observe
 from merit_ds.ops import Kernel
 from merit_ds.ops.rule import MAX
 from merit_ds.ops.table import KINDS, Operands, lr_on_device
-from merit_ds.plan import Plan, Region
+from merit_ds.phases import Plan, Region
 from merit_ds.shard import Shard
 
 

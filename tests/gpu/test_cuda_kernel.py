@@ -10,7 +10,7 @@ from merit_ds import Merit
 from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.ops import select_kernel
 from merit_ds.ops.table import Operands, scalars_of
-from merit_ds.plan import Plan
+from merit_ds.phases import Plan
 from merit_ds.reference import merit_step
 from merit_ds.shard import Shard
 
