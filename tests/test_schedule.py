@@ -58,8 +58,12 @@ def test_every_batch_fits_or_the_proposals_do(batch: int, micro: int, ranks: int
         plan_batch(sizes(int(size), micro), ranks=ranks)
     for size in re.findall(r"train_micro_batch_size_per_gpu (\d+)", proposals):
         plan_batch(sizes(batch, int(size)), ranks=ranks)
-    for count in re.findall(r"(\d+) data-parallel ranks?$", proposals):
-        plan_batch(sizes(batch, micro), ranks=int(count))
+    counts = [int(count) for count in re.findall(r"\d+", re.search(r"([\d or]*) data-parallel|$", proposals)[0])]
+    for count in range(1, batch + 1):
+        fits = count in counts or any(min(count, ranks) <= found <= max(count, ranks) for found in counts)
+        assert fits or batch % (micro * count), "a nearer number of ranks fits"
+    for count in counts:
+        plan_batch(sizes(batch, micro), ranks=count)
 
 
 def test_a_batch_that_does_not_fit_is_explained() -> None:
@@ -67,6 +71,7 @@ def test_a_batch_that_does_not_fit_is_explained() -> None:
         "train_batch_size 1000 is no multiple of train_micro_batch_size_per_gpu 16 x 8 data-parallel ranks = 128; "
         "the nearest that fit: train_batch_size 896 or 1024, or train_micro_batch_size_per_gpu 5"
     )
+    assert refusal(plan_batch, sizes(1024, 16), ranks=24).endswith("or 16 or 32 data-parallel ranks")
     assert refusal(plan_batch, sizes(48, 16), ranks=4).endswith("per_gpu 12, or 3 data-parallel ranks")
 
 

@@ -4,6 +4,7 @@
 import difflib
 import inspect
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
 def optimizer_type(ds_config: dict[str, Any]) -> str:
     """`optimizer.type` in lower case: DeepSpeed knows its own in any case."""
     return str(section(ds_config, "optimizer").get("type")).lower()
+
+
+def parameter_groups(ds_config: dict[str, Any], parameters: Iterable[torch.Tensor]) -> list[dict[str, Any]]:
+    """One group for our optimizers, which leave vectors undecayed by themselves; for others vectors are a group."""
+    parameters = list(parameters)
+    if optimizer_type(ds_config).startswith("merit"):
+        return [{"params": parameters}]
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def place_monitors(ds_config: dict[str, Any], folder: str | None) -> dict[str, Any]:

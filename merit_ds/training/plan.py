@@ -40,19 +40,32 @@ class Plan:
         return torch.device(get_accelerator().device_name(self.local_rank))
 
 
-def make_plan(config: Config, *, world: int | None = None) -> Plan:
-    """Check the recipe against the JSON and the ranks, before anything is built.
-
-    Args:
-        world: ranks of a run that is yet to be started; None: this process is one of those that a launcher started.
+def make_plan(config: Config) -> Plan:
+    """Check the recipe against the JSON and this launch's ranks, before anything is built.
 
     Raises:
         InputError: something does not fit.
     """
-    if world is None:
-        _refuse_unranked()
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-    ds_config = place_monitors(read_deepspeed_json(Path(config.run.deepspeed)), config.run.save)
+    _refuse_unranked()
+    return plan_of(
+        config,
+        read_deepspeed_json(Path(config.run.deepspeed)),
+        rank=int(os.environ.get("RANK", "0")),
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def plan_of(config: Config, ds_config: dict[str, Any], *, world: int, rank: int = 0, local_rank: int = 0) -> Plan:
+    """The plan of a launch of `world` ranks, as one of them has it.
+
+    Args:
+        ds_config: as `read_deepspeed_json` returns it.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    ds_config = place_monitors(ds_config, config.run.save)
     _check_tensor_parallel(config.model, ds_config, ranks=world)
     if optimizer_type(ds_config) == "muon":
         _check_muon(config.model, ds_config)
@@ -60,13 +73,7 @@ def make_plan(config: Config, *, world: int | None = None) -> Plan:
     steps = total_steps(config.run.train_tokens, batch=batch.global_batch, seq_length=config.model.seq_length)
     check_scheduler(ds_config, steps=steps)
     return Plan(
-        config=config,
-        ds_config=ds_config,
-        batch=batch,
-        steps=steps,
-        rank=int(os.environ.get("RANK", "0")),
-        world=world,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        config=config, ds_config=ds_config, batch=batch, steps=steps, rank=rank, world=world, local_rank=local_rank
     )
 
 

@@ -48,6 +48,17 @@ def plan_batch(ds_config: dict[str, Any], *, ranks: int) -> Batch:
     return Batch(global_batch, micro_batch, accumulation)
 
 
+def nearest_ranks(global_batch: int, micro_batch: int, *, ranks: int) -> list[int]:
+    """The next smaller and the next larger number of data-parallel ranks over which the batch can be spread, if any.
+
+    Args:
+        ranks: from which to look; itself not among them.
+    """
+    most = global_batch // micro_batch
+    fitting = [count for count in range(1, most + 1) if global_batch % (micro_batch * count) == 0]
+    return [*[count for count in fitting if count < ranks][-1:], *[count for count in fitting if count > ranks][:1]]
+
+
 def total_steps(train_tokens: int, *, batch: int, seq_length: int) -> int:
     """Optimizer steps that a token budget pays for: floor(tokens / sequences of a step / tokens of a sequence).
 
@@ -111,9 +122,9 @@ def _explain_misfit(global_batch: int, micro_batch: int, ranks: int) -> str:
         per_rank = global_batch // ranks
         fitting = max(size for size in range(1, micro_batch + 1) if per_rank % size == 0)
         choices.append(f"train_micro_batch_size_per_gpu {fitting}")
-    fewer = [count for count in range(1, ranks) if global_batch % (micro_batch * count) == 0]
-    if fewer:
-        choices.append(f"{fewer[-1]} data-parallel rank{'s' if fewer[-1] > 1 else ''}")
+    counts = nearest_ranks(global_batch, micro_batch, ranks=ranks)
+    if counts:
+        choices.append(f"{' or '.join(map(str, counts))} data-parallel rank{'s' if counts[-1] > 1 else ''}")
     return (
         f"train_batch_size {global_batch} is no multiple of train_micro_batch_size_per_gpu {micro_batch} x "
         f"{ranks} data-parallel ranks = {quantum}; the nearest that fit: {', or '.join(choices)}"

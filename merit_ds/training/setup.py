@@ -19,7 +19,7 @@ from merit_ds.training.checkpoint import holds_checkpoints
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
-from merit_ds.training.deepspeed_config import model_dtype, optimizer_type
+from merit_ds.training.deepspeed_config import model_dtype, parameter_groups
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself
@@ -137,7 +137,7 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=_parameter_groups(plan, model),
+            model_parameters=parameter_groups(plan.ds_config, model.parameters()),
             mpu=MegatronGroups() if plan.config.model.tensor_parallel > 1 else None,
             config=plan.ds_config,
         )
@@ -150,13 +150,3 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {reason}") from error
     return engine
-
-
-def _parameter_groups(plan: Plan, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """One group for our optimizers, which leave vectors undecayed by themselves; for others vectors are a group."""
-    parameters = list(model.parameters())
-    if optimizer_type(plan.ds_config).startswith("merit"):
-        return [{"params": parameters}]
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
