@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -30,17 +31,20 @@ class Payload:
         return self.maxima_bytes / self.gradient_bytes
 
 
-def flat_matrices(parameters: Sequence[Tensor]) -> tuple[list[Matrix], int]:
+def flat_matrices(
+    parameters: Sequence[Tensor], *, settings: dict[str, Any] | None = None
+) -> tuple[list[Matrix], int]:
     """The logical matrices of ZeRO-1/2's flat buffer of one group, and its elements without padding.
 
     Args:
         parameters: in the group's order, on any device, "meta" too; frozen ones are left out, as ZeRO does.
+        settings: the group's; Merit's by default.
     """
     matrices: list[Matrix] = []
     length = 0
     for parameter in parameters:
         if parameter.requires_grad:
-            matrices += logical_matrices(parameter, {}, start=length)
+            matrices += logical_matrices(parameter, settings or {}, start=length)
             length += parameter.numel()
     return matrices, length
 

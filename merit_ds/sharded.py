@@ -208,7 +208,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if all(tensor in self._bound for tensor in group["params"]):
             return
         origin = self._origin(group)
-        shards = bind(self._settings_for_layout(group), origin.parameters, shapes=origin.shapes)
+        shards = bind(self.settings_for_layout(group), origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
         tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]
         if all(tensor in self._bound for tensor in chain.from_iterable(tensors)):
@@ -222,7 +222,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 fused=self.fused,
             )
 
-    def _settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
+    def settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group, with what the rule says of norms where the group does not: which of them a layout must have."""
         unmeasured = {"no_trust_ratio": True} if self.rule.norm is None else {}
         return {"elementwise": self.rule.elementwise} | group | unmeasured

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model on paper: the trainer's own, built and run on the "meta" device, where tensors have sizes and no memory.
+
+Tensor-parallel ranks are played by torch's fake process group, whose collectives do nothing, so that one process sees
+what a rank holds, keeps for the backward pass and sends. Attention is counted as a flash kernel (arXiv 2205.14135) has
+it, which keeps queries, keys, values, its result and one number for each row of scores.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from merit_ds.training.config import ModelConfig
+from merit_ds.training.model import build_model, initialise_megatron, masked_mean
+from merit_ds.training.parallel import allow_sequence_parallel_on_cpu
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass of a rank needs beside parameters and gradients.
+
+    Attributes:
+        kept_bytes: at the peak, in the loss: what layers keep for the backward pass, and the logits' own tensors.
+        tensor_bytes: handed to collectives of the tensor-parallel ranks, by collective.
+        tensor_calls: their number, by collective.
+    """
+
+    kept_bytes: int
+    tensor_bytes: dict[str, int]
+    tensor_calls: dict[str, int]
+
+
+@contextmanager
+def paper_model(model: ModelConfig, *, vocab_size: int, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
+    """One rank's model on the meta device; no process group may exist, and none is left.
+
+    Args:
+        vocab_size: tokens of the tokenizer, before padding.
+        dtype: of the parameters.
+
+    Raises:
+        InputError: the vocabulary does not split over the tensor-parallel ranks.
+    """
+    current_device, attention = torch.cuda.current_device, functional.scaled_dot_product_attention
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.tensor_parallel)
+    try:
+        initialise_megatron(seed=0, device=META, tensor_parallel=model.tensor_parallel)
+        if model.sequence_parallel:
+            allow_sequence_parallel_on_cpu()
+        # Megatron-core takes the device of rotary positions and of sequence parallelism's buffers from here.
+        torch.cuda.current_device = lambda: META  # type: ignore[assignment,return-value]
+        functional.scaled_dot_product_attention = _flash_attention  # type: ignore[assignment]
+        yield build_model(model, vocab_size=vocab_size, dtype=dtype, device=META, seed=0)
+    finally:
+        torch.cuda.current_device = current_device
+        functional.scaled_dot_product_attention = attention
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def run_micro_batch(model: torch.nn.Module, *, sequences: int, seq_length: int) -> MicroBatch:
+    """Run a forward and a backward pass, and count.
+
+    Args:
+        model: of `paper_model`; its gradients are dropped as they come.
+    """
+    handles = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    ledger = Ledger(known=[parameter.untyped_storage() for parameter in model.parameters()])
+    shape = (sequences, seq_length)
+    with ledger:
+        tokens, positions = (torch.zeros(shape, dtype=torch.int64, device=META) for _ in range(2))
+        mask = torch.ones(shape, device=META)
+        loss = masked_mean(model(tokens, positions, None, labels=tokens), mask)
+        loss.backward()  # type: ignore[no-untyped-call]
+    for handle in handles:
+        handle.remove()
+    alone = dist.get_world_size() == 1
+    return MicroBatch(ledger.peak, {} if alone else dict(ledger.sent_bytes), {} if alone else dict(ledger.sent_calls))
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are alive, and those that are handed to collectives.
+
+    Args:
+        known: storages that are not to count.
+
+    Attributes:
+        peak: most bytes alive at once, of storages made while it was on.
+        sent_bytes, sent_calls: by collective; its input, where it has an input and an output.
+    """
+
+    def __init__(self, known: list[torch.UntypedStorage]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._alive = 0
+        self.sent_bytes: Counter[str] = Counter()
+        self.sent_calls: Counter[str] = Counter()
+        self._seen = weakref.WeakSet(known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith("c10d::") and name in COLLECTIVES:
+            kind, position = COLLECTIVES[name]
+            tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, torch.Tensor)]
+            self.sent_bytes[kind] += sum(tensor.nbytes for tensor in tensors)
+            self.sent_calls[kind] += 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self._alive -= size
+
+
+COLLECTIVES = {
+    "c10d::allreduce_": ("all-reduce", 0),
+    "c10d::reduce_": ("reduce", 0),
+    "c10d::broadcast_": ("broadcast", 0),
+    "c10d::allgather_": ("all-gather", 1),
+    "c10d::_allgather_base_": ("all-gather", 1),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::reduce_scatter_": ("reduce-scatter", 1),
+    "c10d::alltoall_base_": ("all-to-all", 1),
+}
+"""torch's operators: how people call them, and which argument a rank hands in."""
+
+
+def _flash_attention(
+    query: Any, key: Any, value: Any, *, is_causal: bool, scale: float | None, enable_gqa: bool
+) -> Any:
+    """As a GPU's flash kernel: on the meta device torch's own choice is to write out the scores."""
+    assert not enable_gqa, "the trainer's models have as many keys as queries"
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None

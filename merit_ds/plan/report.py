@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A forecast for people: a page of text."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from merit_ds.plan.curve import Point
+from merit_ds.plan.forecast import Estimate, Forecast, Stage
+from merit_ds.plan.memory import Memory
+from merit_ds.plan.timing import ring_bandwidth
+from merit_ds.plan.wire import Transfer
+from merit_ds.plan.wrapper import dtype_name, wrapper_of
+from merit_ds.training.schedule import nearest_ranks
+
+OPTIMIZER_SHARE = 0.05
+"""Of the step's time, from which on the optimizer is not negligible."""
+MAXIMA_SHARE = 0.01
+"""Of the bytes that data-parallel ranks send, or of the step's time, from which on the maxima are not."""
+_PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+_WHAT = {
+    "gradients": "gradients",
+    "weights": "updated weights",
+    "maxima": "maxima of cut weights",
+    "norms": "gradient norm, overflow flag",
+    "flags": "trainer's flags",
+    "layers": "tensor-parallel layers",
+}
+
+
+def text(forecast: Forecast, *, gpu_name: str) -> str:
+    """The whole page."""
+    sections = [
+        _launch(forecast, gpu_name),
+        _memory(forecast),
+        _traffic(forecast),
+        _time(forecast),
+        _assumptions(forecast),
+        _warnings(forecast),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def values(forecast: Forecast, points: Sequence[Point], *, gpu_name: str) -> dict[str, Any]:
+    """The whole forecast for machines: bytes, seconds, and shares between 0 and 1."""
+    plan, paper = forecast.plan, forecast.paper
+    return {
+        "model": {"parameters": paper.parameters, "flops_per_sequence": paper.flops_per_sequence},
+        "optimizer": paper.optimizer.name,
+        "batch": asdict(plan.batch) | {"steps": plan.steps},
+        "cluster": {"gpu_name": gpu_name, "gpus": forecast.cluster.gpus} | asdict(forecast.cluster),
+        "assumed": asdict(forecast.assumed),
+        "usable_memory": forecast.usable_memory,
+        "fits": forecast.fits,
+        "recipe": _estimate_values(forecast.recipe),
+        "stages": [
+            asdict(row) | {"memory": None if row.memory is None else _memory_values(row.memory)}
+            for row in forecast.stages
+        ],
+        "curve": [{"gpus": point.gpus} | _estimate_values(point.estimate) for point in points],
+        "warnings": warnings(forecast),
+    }
+
+
+def _estimate_values(estimate: Estimate) -> dict[str, Any]:
+    return asdict(estimate) | {
+        "memory": _memory_values(estimate.memory),
+        "transfers": [asdict(one) | {"sent_bytes": one.sent_bytes} for one in estimate.transfers],
+        "time": asdict(estimate.time) | {"total": estimate.time.total},
+    }
+
+
+def _memory_values(memory: Memory) -> dict[str, Any]:
+    return asdict(memory) | {"total": memory.total}
+
+
+def warnings(forecast: Forecast) -> list[str]:
+    """What should be looked at before paying."""
+    found = []
+    recipe, total = forecast.recipe, forecast.recipe.time.total
+    if not forecast.fits:
+        fitting = [f"stage {row.stage} micro-batch {row.largest}" for row in forecast.stages if row.largest]
+        advice = f"what fits: {', '.join(fitting)}" if fitting else "nothing fits: split the model (tensor_parallel)"
+        found.append(
+            f"the recipe needs {_gb(recipe.memory.total)} GB of {_gb(forecast.usable_memory)} GB a GPU; {advice}"
+        )
+    share = recipe.time.optimizer / total
+    if share > OPTIMIZER_SHARE:
+        found.append(f"the optimizer takes {share:.0%} of the step: more accumulation would hide it")
+    data = [transfer for transfer in recipe.transfers if transfer.span == "data"]
+    maxima = sum(transfer.sent_bytes for transfer in data if transfer.what == "maxima")
+    everything = sum(transfer.sent_bytes for transfer in data)
+    by_bytes, by_time = maxima / everything if everything else 0.0, recipe.time.maxima / total
+    if max(by_bytes, by_time) > MAXIMA_SHARE:
+        found.append(f"the maxima are {by_bytes:.1%} of the data-parallel bytes and {by_time:.1%} of the step's time")
+    return found
+
+
+def ranks_hint(forecast: Forecast) -> str:
+    """One line: that the number of GPUs fits, and the nearest others that would."""
+    batch, tensor = forecast.plan.batch, forecast.paper.config.model.tensor_parallel
+    near = nearest_ranks(batch.global_batch, batch.micro_batch, ranks=forecast.recipe.ranks)
+    others = " and ".join(str(count * tensor) for count in near)
+    return f"{forecast.cluster.gpus} GPUs are valid" + (f"; the nearest others are {others}" if others else "")
+
+
+def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
+    plan, paper, cluster, recipe = forecast.plan, forecast.paper, forecast.cluster, forecast.recipe
+    model, batch = paper.config.model, plan.batch
+    wrapper = wrapper_of(plan.ds_config)
+    tensor = f" x {model.tensor_parallel} tensor-parallel" if model.tensor_parallel > 1 else ""
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
+    tokens = batch.global_batch * model.seq_length
+    return [
+        f"{cluster.gpus} x {gpu_name}  {nodes} of {cluster.gpus_per_node} GPUs: {ranks_hint(forecast)}",
+        f"model     {paper.parameters / 1e6:,.1f} M trained parameters, {paper.optimizer.name}, "
+        f"{dtype_name(wrapper.dtype)}, ZeRO stage {wrapper.stage}, {_wrapper(wrapper.kind)}",
+        f"batch     {batch.global_batch:,} sequences = micro-batch {batch.micro_batch} x {recipe.ranks} data-parallel"
+        f"{tensor} ranks x accumulation {batch.accumulation}",
+        f"run       {tokens:,} tokens a step, {plan.steps:,} steps, {plan.steps * tokens / 1e9:,.2f} B tokens",
+    ]
+
+
+def _memory(forecast: Forecast) -> list[str]:
+    lines = [
+        f"Memory of the fullest GPU at its fullest moment, GB; {_gb(forecast.usable_memory)} GB can be used",
+        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in _PARTS) + f"{'total':>8}  largest micro-batch",
+    ]
+    for row in forecast.stages:
+        mark = "*" if row.stage == forecast.recipe.stage else " "
+        lines.append(f"{mark} {row.stage:<11}" + _stage(row, forecast))
+    return [*lines, "  * the recipe's. Optimizer: float32 master weights and moments."]
+
+
+def _stage(row: Stage, forecast: Forecast) -> str:
+    if row.memory is None:
+        return f" refused: {row.refusal}"
+    memory: Memory = row.memory
+    parts = "".join(f"{_gb(getattr(memory, part)):>12}" for part in _PARTS)
+    ranks = forecast.recipe.ranks
+    accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
+    largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
+    return f"{parts}{_gb(memory.total):>8}  {largest}"
+
+
+def _traffic(forecast: Forecast) -> list[str]:
+    if not forecast.recipe.transfers:
+        return ["Traffic: none, there is one rank"]
+    lines = [
+        "Traffic of one rank in a step; handed to collectives (exact), and sent by it on a ring",
+        f"  {'':<30}{'collective':<16}{'ranks':>12}{'calls':>8}{'handed in':>14}{'sent':>12}",
+    ]
+    return lines + [_transfer(transfer) for transfer in forecast.recipe.transfers]
+
+
+def _transfer(transfer: Transfer) -> str:
+    ranks = f"{transfer.ranks} {transfer.span}"
+    return (
+        f"  {_WHAT[transfer.what]:<30}{transfer.collective:<16}{ranks:>12}{transfer.calls:>8}"
+        f"{_bytes(transfer.handed_bytes):>14}{_bytes(transfer.sent_bytes):>12}"
+    )
+
+
+def _time(forecast: Forecast) -> list[str]:
+    recipe = forecast.recipe
+    parts = {
+        "forward and backward": recipe.time.compute,
+        "tensor-parallel layers": recipe.time.layers,
+        "gradients' reduction": recipe.time.gradients,
+        "DeepSpeed's passes over gradients": recipe.time.passes,
+        "optimizer": recipe.time.optimizer,
+        "maxima": recipe.time.maxima,
+        "weights' all-gather": recipe.time.weights,
+        "norms and flags": recipe.time.scalars,
+    }
+    total = recipe.time.total
+    lines = ["Time of a step: an estimate, nothing overlapped"]
+    lines += [f"  {name:<36}{1000 * seconds:>12,.2f} ms{seconds / total:>9.2%}" for name, seconds in parts.items()]
+    return [*lines, f"  {'step':<36}{1000 * total:>12,.2f} ms", _summary(recipe)]
+
+
+def _summary(recipe: Estimate) -> str:
+    return (
+        f"  {recipe.tokens_per_second:,.0f} tokens/s, MFU {recipe.mfu:.1%}, {_duration(recipe.days)} for the run, "
+        "without evaluation and checkpoints"
+    )
+
+
+def _assumptions(forecast: Forecast) -> list[str]:
+    cluster, assumed, gpu = forecast.cluster, forecast.assumed, forecast.cluster.gpu
+    wrapper = wrapper_of(forecast.plan.ds_config)
+    tensor = forecast.paper.config.model.tensor_parallel
+    ring = ring_bandwidth(cluster, "data", tensor_ranks=tensor)
+    return [
+        "Assumed",
+        f"  data sheet: {gpu.rate(wrapper.dtype) / 1e12:,.0f} TFLOP/s in {dtype_name(wrapper.dtype)}, "
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s of memory, NVLink {gpu.nvlink / 1e9:.0f} GB/s one way, network "
+        f"{cluster.network / 1e9:.0f} GB/s a GPU",
+        f"  reached of it: {assumed.compute:.0%} in forward and backward passes, {assumed.memory:.0%} of the memory's "
+        f"bandwidth, {assumed.links:.0%} of the links'",
+        f"  data-parallel rings at {ring * assumed.links / 1e9:,.0f} GB/s; a collective costs "
+        f"{assumed.call_seconds * 1e6:.0f} us and {assumed.hop_seconds * 1e6:.0f} us for each doubling of its ranks",
+        f"  {assumed.usable_memory:.0%} of the GPU's memory for tensors; activations as torch's own layers with flash "
+        "attention keep them",
+    ]
+
+
+def _warnings(forecast: Forecast) -> list[str]:
+    return [f"warning: {line}" for line in warnings(forecast)]
+
+
+def _wrapper(kind: str) -> str:
+    return {"none": "no wrapper", "float32 copies": "float32 copies of the weights"}.get(kind, kind)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _bytes(size: float) -> str:
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _duration(days: float) -> str:
+    if days >= 2:
+        return f"{days:.1f} days"
+    return f"{24 * days:.1f} hours" if days >= 2 / 24 else f"{24 * 60 * days:.0f} minutes"

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank hands to collectives in one training step: DeepSpeed's, the optimizer's and the trainer's.
+
+Counted against the collectives of real steps by `tests/test_plan_engine.py` and `tests/test_plan_trainer.py`.
+Evaluation, checkpoints and what telemetry samples come on top.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+from merit_ds.layout import ShardLayout
+from merit_ds.payload import flat_matrices, zero_bounds
+from merit_ds.plan.memory import Sizes
+from merit_ds.plan.optimizers import Optimizer
+from merit_ds.plan.paper import MicroBatch
+from merit_ds.plan.wrapper import Wrapper
+
+Span = Literal["data", "tensor", "all"]
+
+_RING: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "reduce-scatter": lambda ranks: (ranks - 1) / ranks,
+    "all-gather": lambda ranks: ranks - 1,
+    "reduce": lambda ranks: 1,
+    "broadcast": lambda ranks: 1,
+    "all-to-all": lambda ranks: (ranks - 1) / ranks,
+}
+"""Bytes that a rank sends on a ring, for each that it hands in; an all-gather is handed one rank's part."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One purpose's traffic.
+
+    Attributes:
+        what: "gradients", "weights", "maxima", "norms", "flags" or "layers".
+        collective: as torch calls it.
+        span: the ranks: data-parallel, tensor-parallel or all of them.
+        ranks: how many those are.
+        handed_bytes: that each rank hands in, in a step.
+        calls: collectives in a step.
+    """
+
+    what: str
+    collective: str
+    span: Span
+    ranks: int
+    handed_bytes: int
+    calls: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """That each rank sends on a ring."""
+        return self.handed_bytes * _RING[self.collective](self.ranks)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The norms of weights that ranks share: what a step hands in, and what the optimizer keeps for them.
+
+    Attributes:
+        data_slots, tensor_slots: exchanged by data-parallel and tensor-parallel ranks.
+        kept_slots: of the first rank, those that it shares with nobody included.
+    """
+
+    data_slots: int
+    tensor_slots: int
+    kept_slots: int
+
+
+def exchange_of(
+    optimizer: Optimizer,
+    groups: Sequence[dict[str, Any]],
+    *,
+    ranks: int,
+    sharded: bool,
+    tensor_ranks: int,
+    rank: int = 0,
+) -> Exchange:
+    """What the package's optimizers exchange, worked out by the layouts that a run would have.
+
+    Args:
+        groups: the optimizer's, of parameters on any device, "meta" too; called while their tensor-parallel group
+            exists, which says what is split.
+        ranks: data-parallel ones.
+        sharded: whether they hold slices.
+        rank: among them, whose slots of the tensor-parallel exchange are counted.
+    """
+    data = tensor = kept = 0
+    if optimizer.norm is None:
+        return Exchange(0, 0, 0)
+    for group in groups:
+        matrices, length = flat_matrices(group["params"], settings=optimizer.settings)
+        bounds = zero_bounds(length, ranks) if sharded else [0, length]
+        layout = ShardLayout.build(matrices, bounds=bounds, rank=rank if sharded else 0)
+        data += layout.exchange_size if sharded and ranks > 1 else 0
+        tensor += layout.tensor_exchange_size if tensor_ranks > 1 else 0
+        own = (fragment for fragment in (*layout.cut, *layout.whole) if fragment.matrix.scaled)
+        kept += sum(fragment.rows + fragment.matrix.cols + 1 if fragment.matrix.has_axes else 1 for fragment in own)
+    return Exchange(data, tensor, data + tensor + kept)
+
+
+def transfers_of(
+    wrapper: Wrapper,
+    optimizer: Optimizer,
+    exchange: Exchange,
+    sizes: Sizes,
+    *,
+    ranks: int,
+    tensor_ranks: int,
+    accumulation: int,
+    layers: MicroBatch,
+) -> list[Transfer]:
+    """All traffic of a step, without what has nobody to go to.
+
+    Args:
+        ranks: data-parallel ones.
+        layers: one micro-batch, with what tensor-parallel ranks send in it.
+    """
+    sizes_of_spans: dict[Span, int] = {"data": ranks, "tensor": tensor_ranks, "all": ranks * tensor_ranks}
+    found: list[Transfer] = []
+
+    def add(what: str, collective: str, span: Span, handed: int, calls: int) -> None:
+        if sizes_of_spans[span] > 1 and handed:
+            found.append(Transfer(what, collective, span, sizes_of_spans[span], handed, calls))
+
+    elements = sizes.padded(ranks) if wrapper.kind == "BF16_Optimizer" else sizes.trained
+    times = wrapper.reductions(accumulation)
+    collective = "reduce" if wrapper.to_owner else "all-reduce"
+    add(
+        "gradients",
+        collective,
+        "data",
+        times * elements * wrapper.communication.itemsize,
+        times * ceil(elements / wrapper.bucket),
+    )
+    if wrapper.shards:
+        add("weights", "all-gather", "data", wrapper.dtype.itemsize * sizes.partition(ranks), len(sizes.groups))
+    if optimizer.norm is not None:
+        norms = "all-reduce" if optimizer.norm.name == "max" else "all-gather"
+        add("maxima", norms, "data", optimizer.slot_bytes * exchange.data_slots, len(sizes.groups))
+        add("maxima", norms, "tensor", optimizer.slot_bytes * exchange.tensor_slots, len(sizes.groups))
+    for span, scalars in _scalars(wrapper, len(sizes.groups)).items():
+        add("norms", "all-reduce", span, sum(scalars), len(scalars))
+    # The trainer asks for signals in every micro-batch but the last, and after the step for these and two more flags.
+    add("flags", "all-reduce", "all", 4 * (accumulation - 1) + 4 * 3, accumulation)
+    for collective, handed in layers.tensor_bytes.items():
+        add("layers", collective, "tensor", accumulation * handed, accumulation * layers.tensor_calls[collective])
+    return found
+
+
+def _scalars(wrapper: Wrapper, groups: int) -> dict[Span, list[int]]:
+    """Bytes of the gradient norm's parts and of the overflow flag."""
+    number, flag = 4, 1
+    if wrapper.kind == "none":
+        both: list[int] = [number] if wrapper.clips else []
+        return {"data": both, "tensor": both}
+    if wrapper.kind == "BF16_Optimizer":
+        return {"tensor": [number]}
+    if wrapper.kind == "float32 copies":
+        return {}
+    each = [flag] * wrapper.checks_overflow + [number] * groups * wrapper.norms
+    return {"data": each, "tensor": each}
