@@ -6,7 +6,6 @@ what a rank holds, keeps for the backward pass and sends. Attention is counted a
 it, which keeps queries, keys, values, its result and one number for each row of scores.
 """
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from merit_ds.plan.ledger import Ledger
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.model import build_model, initialise_megatron, masked_mean
 from merit_ds.training.parallel import allow_sequence_parallel_on_cpu
@@ -91,65 +89,13 @@ def run_micro_batch(model: torch.nn.Module, *, sequences: int, seq_length: int) 
         loss.backward()  # type: ignore[no-untyped-call]
     for handle in handles:
         handle.remove()
-    alone = dist.get_world_size() == 1
-    return MicroBatch(ledger.peak, {} if alone else dict(ledger.sent_bytes), {} if alone else dict(ledger.sent_calls))
-
-
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are alive, and those that are handed to collectives.
-
-    Args:
-        known: storages that are not to count.
-
-    Attributes:
-        peak: most bytes alive at once, of storages made while it was on.
-        sent_bytes, sent_calls: by collective; its input, where it has an input and an output.
-    """
-
-    def __init__(self, known: list[torch.UntypedStorage]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._alive = 0
-        self.sent_bytes: Counter[str] = Counter()
-        self.sent_calls: Counter[str] = Counter()
-        self._seen = weakref.WeakSet(known)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
-        if name.startswith("c10d::") and name in COLLECTIVES:
-            kind, position = COLLECTIVES[name]
-            tensors = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, torch.Tensor)]
-            self.sent_bytes[kind] += sum(tensor.nbytes for tensor in tensors)
-            self.sent_calls[kind] += 1
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self._alive -= size
-
-
-COLLECTIVES = {
-    "c10d::allreduce_": ("all-reduce", 0),
-    "c10d::reduce_": ("reduce", 0),
-    "c10d::broadcast_": ("broadcast", 0),
-    "c10d::allgather_": ("all-gather", 1),
-    "c10d::_allgather_base_": ("all-gather", 1),
-    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
-    "c10d::reduce_scatter_": ("reduce-scatter", 1),
-    "c10d::alltoall_base_": ("all-to-all", 1),
-}
-"""torch's operators: how people call them, and which argument a rank hands in."""
+    sent_bytes: Counter[str] = Counter()
+    sent_calls: Counter[str] = Counter()
+    for sent in ledger.sent:
+        if len(sent.ranks) > 1:
+            sent_bytes[sent.collective] += sent.size
+            sent_calls[sent.collective] += 1
+    return MicroBatch(ledger.peak, dict(sent_bytes), dict(sent_calls))
 
 
 def _flash_attention(
