@@ -31,9 +31,7 @@ class Payload:
         return self.maxima_bytes / self.gradient_bytes
 
 
-def flat_matrices(
-    parameters: Sequence[Tensor], *, settings: dict[str, Any] | None = None
-) -> tuple[list[Matrix], int]:
+def flat_matrices(parameters: Sequence[Tensor], *, settings: dict[str, Any] | None = None) -> tuple[list[Matrix], int]:
     """The logical matrices of ZeRO-1/2's flat buffer of one group, and its elements without padding.
 
     Args:

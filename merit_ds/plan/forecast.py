@@ -11,7 +11,7 @@ import torch
 from merit_ds.errors import InputError
 from merit_ds.plan.memory import Memory, Sizes, memory_of
 from merit_ds.plan.optimizers import Optimizer, optimizer_of
-from merit_ds.plan.paper import MicroBatch, paper_model, run_micro_batch
+from merit_ds.plan.paper import MicroBatch, Span, paper_model, run_micro_batch
 from merit_ds.plan.timing import Assumptions, Cluster, StepTime, step_time
 from merit_ds.plan.wire import Exchange, Transfer, exchange_of, transfers_of
 from merit_ds.plan.wrapper import with_stage, wrapper_of
@@ -64,8 +64,12 @@ class Paper:
             return first + (sequences - 1) * (second - first)
 
         one, two = self.one, self.two
+        spans = (
+            Span(first.elements, line(first.peak, second.peak), line(first.end, second.end))
+            for first, second in zip(one.spans, two.spans, strict=True)
+        )
         sent = {kind: line(first, two.tensor_bytes[kind]) for kind, first in one.tensor_bytes.items()}
-        return MicroBatch(line(one.kept_bytes, two.kept_bytes), sent, one.tensor_calls)
+        return MicroBatch(tuple(spans), sent, one.tensor_calls)
 
     @property
     def flops_per_sequence(self) -> float:
@@ -147,16 +151,13 @@ def on_paper(config: Config, ds_config: dict[str, Any]) -> Iterator[Paper]:
     optimizer = optimizer_of(ds_config)
     vocabulary = _VOCABULARY[config.data.tokenizer]
     with paper_model(config.model, vocab_size=vocabulary, dtype=model_dtype(ds_config)) as model:
-        groups = [
-            group | {"params": [parameter for parameter in group["params"] if parameter.requires_grad]}
-            for group in parameter_groups(ds_config, model.parameters())
-        ]
-        trained = [tuple(parameter.numel() for parameter in group["params"]) for group in groups]
+        groups = parameter_groups(ds_config, model.parameters())
+        trained = [tuple(p.numel() for p in group["params"] if p.requires_grad) for group in groups]
         frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         one, two = (run_micro_batch(model, sequences=count, seq_length=config.model.seq_length) for count in (1, 2))
         yield Paper(
             config=config,
-            groups=[group for group in groups if group["params"]],
+            groups=groups,
             sizes=Sizes(tuple(sizes for sizes in trained if sizes), frozen),
             parameters=sum(_whole_size(p, config) for p in model.parameters() if p.requires_grad),
             optimizer=optimizer,
@@ -227,7 +228,7 @@ def estimate(
             ranks=ranks,
             accumulation=accumulation,
             moments=paper.optimizer.moments,
-            activations=passes.kept_bytes,
+            spans=passes.spans,
             scratch=exchange.kept_slots * paper.optimizer.slot_bytes,
         ),
         transfers=transfers,

@@ -42,7 +42,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counted: whether these count.
 
     Attributes:
-        peak: most bytes that were alive at once.
+        alive: bytes that are alive now.
+        peak: most bytes that were alive at once, since `reset_peak` if that was called.
         sent: the collectives, in order.
 
     Raises:
@@ -51,13 +52,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known: Iterable[torch.UntypedStorage], *, counted: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._alive = 0
+        self.peak = self.alive = 0
         self.sent: list[Sent] = []
         self._seen = weakref.WeakSet[torch.UntypedStorage]()
         for storage in known:
             if counted:
                 self._add(storage)
             self._seen.add(storage)
+
+    def reset_peak(self) -> None:
+        """Forget what was alive before now."""
+        self.peak = self.alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -74,12 +79,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._seen.add(storage)
         size = storage.nbytes()
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
         weakref.finalize(storage, self._drop, size)
 
     def _drop(self, size: int) -> None:
-        self._alive -= size
+        self.alive -= size
 
 
 def _sent(name: str, args: Any) -> Sent:

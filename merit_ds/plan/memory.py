@@ -5,7 +5,7 @@ Parameters, gradients and optimizer state are tensors that DeepSpeed allocates, 
 transients; activations are those of `merit_ds.plan.paper`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from merit_ds.payload import zero_bounds
+from merit_ds.plan.paper import Span
 from merit_ds.plan.wrapper import Wrapper
 
 _MASTER = 4  # bytes: weights that the optimizer changes, its moments, and what it is given are float32
@@ -90,28 +91,36 @@ class _Moment(NamedTuple):
     name: str
     gradients: int
     buffers: int
-    activations: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.buffers + self.activations
 
 
 def memory_of(
-    wrapper: Wrapper, sizes: Sizes, *, ranks: int, accumulation: int, moments: int, activations: int, scratch: int
+    wrapper: Wrapper,
+    sizes: Sizes,
+    spans: Sequence[Span],
+    *,
+    ranks: int,
+    accumulation: int,
+    moments: int,
+    scratch: int,
 ) -> Memory:
     """The fullest moment of the fullest rank.
 
     Args:
+        spans: of a micro-batch.
         ranks: data-parallel ones, which hold slices.
         accumulation: micro-batches of a step.
         moments: float32 numbers that the optimizer keeps for each weight.
-        activations: bytes.
         scratch: bytes that the optimizer keeps beside its state.
     """
     weights = sizes.padded(ranks) if wrapper.shards else sizes.trained
     stepped = sizes.partition(ranks) if wrapper.shards else sizes.trained
     masters = 0 if wrapper.kind == "none" else 1
-    fullest = max(
-        _MOMENTS[wrapper.kind](wrapper, sizes, ranks, accumulation, activations),
-        key=lambda moment: moment.gradients + moment.buffers + moment.activations,
-    )
+    fullest = max(_MOMENTS[wrapper.kind](wrapper, sizes, spans, ranks, accumulation), key=lambda each: each.total)
     return Memory(
         parameters=wrapper.dtype.itemsize * (weights + sizes.frozen),
         gradients=fullest.gradients,
@@ -122,54 +131,76 @@ def memory_of(
     )
 
 
-def _unsharded(wrapper: Wrapper, sizes: Sizes, ranks: int, accumulation: int, activations: int) -> list[_Moment]:
+def _unsharded(
+    wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, accumulation: int
+) -> Iterator[_Moment]:
     """Stage 0: `grad` of every parameter; a bucket's copy to reduce; float32 copies for the step in 16 bits."""
     gradients = wrapper.dtype.itemsize * sizes.trained
     bucket = _bucket(wrapper, [size for group in sizes.groups for size in group])
-    copies = _MASTER * sizes.trained if wrapper.kind == "float32 copies" else 0
-    return [
-        _Moment("backward", gradients, 0, activations),
-        _Moment("reduction", gradients, bucket * (wrapper.dtype.itemsize + _cast(wrapper, wrapper.dtype)), 0),
-        _Moment("step", gradients + copies, 0, 0),
-    ]
+    yield from _backward(spans, accumulation, itemsize=wrapper.dtype.itemsize)
+    yield _Moment("reduction", gradients, bucket * (wrapper.dtype.itemsize + _cast(wrapper, wrapper.dtype)))
+    yield _Moment("step", gradients + (_MASTER * sizes.trained if wrapper.kind == "float32 copies" else 0), 0)
 
 
-def _bf16_optimizer(wrapper: Wrapper, sizes: Sizes, ranks: int, accumulation: int, activations: int) -> list[_Moment]:
+def _bf16_optimizer(
+    wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, accumulation: int
+) -> Iterator[_Moment]:
     """Float32 sums of all gradients on every rank, beside the `grad` of each micro-batch; they are sent in 16 bits."""
-    gradients = _MASTER * sizes.padded(ranks) + wrapper.dtype.itemsize * sizes.trained
+    sums = _MASTER * sizes.padded(ranks)
     flats = [zero_bounds(sum(group), ranks)[-1] for group in sizes.groups]
     bucket = _bucket(wrapper, flats)
     copied = _MASTER * bucket if bucket > max(flats) else 0  # several buffers in one bucket are put together first
-    return [
-        _Moment("backward", gradients, 0, activations),
-        _Moment("reduction", gradients, copied + bucket * _cast(wrapper, torch.float32), 0),
-        _Moment("step", gradients, 0, 0),
-    ]
+    yield from _backward(spans, accumulation, itemsize=wrapper.dtype.itemsize, beside=sums)
+    held = sums + wrapper.dtype.itemsize * sizes.trained
+    yield _Moment("reduction", held, copied + bucket * _cast(wrapper, torch.float32))
 
 
-def _zero_optimizer(wrapper: Wrapper, sizes: Sizes, ranks: int, accumulation: int, activations: int) -> list[_Moment]:
-    """ZeRO-1 sums micro-batches in every `grad`, ZeRO-2 in what a rank owns; both reduce by way of buckets."""
-    own, summed = wrapper.dtype.itemsize, wrapper.accumulation.itemsize
-    partition, touched = sizes.partition(ranks), sizes.touched(ranks)
-    fill = max(min(wrapper.bucket, sizes.trained), sizes.largest if sizes.largest > wrapper.bucket else 0)
-    if wrapper.stage == 1:
-        buckets = summed * wrapper.bucket * wrapper.buffers
-        gradients = summed * sizes.trained
-        kept = summed * (partition if wrapper.has_compact_sums else max(0, touched - fill))
-        transient = own * sizes.largest if wrapper.has_compact_sums else 0
-        moments = [
-            _Moment("backward", gradients + transient, buckets, activations),
-            _Moment("reduction", gradients + kept, buckets + fill * _cast(wrapper, wrapper.accumulation), 0),
-        ]
-    else:
-        buckets = own * (wrapper.bucket * wrapper.buffers + fill) + fill * _cast(wrapper, wrapper.dtype)
-        each = own * touched  # of a micro-batch, beside the sum of those before
-        kept = summed * partition if wrapper.has_compact_sums else each * min(accumulation, 2)
-        moments = [_Moment("backward", kept + own * sizes.largest, buckets, activations)]
+def _zero1(wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, accumulation: int) -> Iterator[_Moment]:
+    """Micro-batches are summed in every `grad`, or in float32 beside it, and go through buckets after the last."""
+    summed = wrapper.accumulation.itemsize
+    buckets = summed * wrapper.bucket * wrapper.buffers
+    yield from _backward(spans, accumulation, itemsize=summed, buffers=buckets)
+    fill = _fill(wrapper, sizes)
+    kept = sizes.partition(ranks) if wrapper.has_compact_sums else max(0, sizes.touched(ranks) - fill)
+    yield _Moment("reduction", summed * (sizes.trained + kept), buckets + fill * _cast(wrapper, wrapper.accumulation))
+    yield _step(wrapper, sizes, ranks)
+
+
+def _zero2(wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, accumulation: int) -> Iterator[_Moment]:
+    """Gradients go into a bucket as they come; when it is full it is reduced, and each rank keeps what it owns."""
+    own, compact, partition = wrapper.dtype.itemsize, wrapper.has_compact_sums, sizes.partition(ranks)
+    owned = _MASTER * partition if compact else own * sizes.touched(ranks)
+    before = owned if accumulation > 1 or compact else 0
+    after = owned if compact else before + owned  # a micro-batch's own, beside the sum of those before
+    copied = (own if wrapper.copies_bucket else 0) + _cast(wrapper, wrapper.dtype)
+    kept, filled, widest, buckets = before, 0, 0, 0
+    for span in spans:
+        yield _Moment("backward", kept, buckets, span.peak)
+        buckets = own * wrapper.bucket * wrapper.buffers
+        if filled and filled + span.elements > wrapper.bucket:
+            added = _MASTER * min(widest, partition) if compact else 0
+            yield _Moment("backward", kept + own * span.elements, buckets + copied * filled + added, span.end)
+            kept, filled, widest = after, 0, 0
+        filled, widest = filled + span.elements, max(widest, span.elements)
+    # A gradient that is larger than the bucket stays where it is.
+    yield _Moment("reduction", kept + (own * filled if filled > wrapper.bucket else 0), buckets + copied * filled)
+    yield _Moment("reduction", after, buckets)
+    yield _step(wrapper, sizes, ranks)
+
+
+def _step(wrapper: Wrapper, sizes: Sizes, ranks: int) -> _Moment:
+    """What ZeRO hands to the optimizer: a float32 slice, made from what the reduction left."""
+    own, partition = wrapper.dtype.itemsize, sizes.partition(ranks)
     if wrapper.has_compact_sums:
-        return [*moments, _Moment("step", summed * partition, 0, 0)]
+        return _Moment("step", _MASTER * partition, 0)
     flat = _MASTER * partition + (own * partition if own != _MASTER else 0)
-    return [*moments, _Moment("step", own * touched + flat, 0, 0)]
+    return _Moment("step", own * sizes.touched(ranks) + flat, 0)
+
+
+def _zero_optimizer(
+    wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, accumulation: int
+) -> Iterator[_Moment]:
+    return (_zero1 if wrapper.stage == 1 else _zero2)(wrapper, sizes, spans, ranks, accumulation)
 
 
 _MOMENTS = {
@@ -180,8 +211,25 @@ _MOMENTS = {
 }
 
 
+def _backward(
+    spans: Sequence[Span], accumulation: int, *, itemsize: int, beside: int = 0, buffers: int = 0
+) -> Iterator[_Moment]:
+    """The last micro-batch where every gradient is kept: those of earlier ones are there, else they come one by one."""
+    coming = 0
+    everything = itemsize * sum(span.elements for span in spans)
+    for span in spans:
+        there = everything if accumulation > 1 else coming
+        yield _Moment("backward", beside + there, buffers if there else 0, span.peak)
+        coming += itemsize * span.elements
+
+
+def _fill(wrapper: Wrapper, sizes: Sizes) -> int:
+    """Elements of ZeRO's largest bucket: a parameter that is larger goes alone."""
+    return max(min(wrapper.bucket, sizes.trained), sizes.largest if sizes.largest > wrapper.bucket else 0)
+
+
 def _bucket(wrapper: Wrapper, sizes: Sequence[int]) -> int:
-    """Elements of the largest bucket: tensors one after another until they are more than its size."""
+    """Elements of the engine's largest bucket: tensors one after another until they are more than its size."""
     largest = filled = 0
     for size in sizes:
         filled += size

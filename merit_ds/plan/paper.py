@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,17 +26,31 @@ from merit_ds.training.parallel import allow_sequence_parallel_on_cpu
 META = torch.device("meta")
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward pass of a rank needs beside parameters and gradients.
+class Span(NamedTuple):
+    """The part of a micro-batch up to one parameter's gradient; the first holds the forward pass and the loss.
 
     Attributes:
-        kept_bytes: at the peak, in the loss: what layers keep for the backward pass, and the logits' own tensors.
+        elements: of the gradient that ends it.
+        peak: bytes alive beside parameters and earlier gradients, at most.
+        end: those alive at its end, the gradient itself not among them.
+    """
+
+    elements: int
+    peak: int
+    end: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass of a rank needs beside parameters and gradients, and what it sends.
+
+    Attributes:
+        spans: in the order in which gradients come.
         tensor_bytes: handed to collectives of the tensor-parallel ranks, by collective.
         tensor_calls: their number, by collective.
     """
 
-    kept_bytes: int
+    spans: tuple[Span, ...]
     tensor_bytes: dict[str, int]
     tensor_calls: dict[str, int]
 
@@ -75,8 +89,16 @@ def run_micro_batch(model: torch.nn.Module, *, sequences: int, seq_length: int) 
     Args:
         model: of `paper_model`; its gradients are dropped as they come.
     """
+    spans: list[Span] = []
+
+    def end_span(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        spans.append(Span(parameter.numel(), ledger.peak, ledger.alive - parameter.grad.nbytes))
+        parameter.grad = None
+        ledger.reset_peak()
+
     handles = [
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(end_span)  # type: ignore[no-untyped-call]
         for parameter in model.parameters()
         if parameter.requires_grad
     ]
@@ -95,7 +117,7 @@ def run_micro_batch(model: torch.nn.Module, *, sequences: int, seq_length: int) 
         if len(sent.ranks) > 1:
             sent_bytes[sent.collective] += sent.size
             sent_calls[sent.collective] += 1
-    return MicroBatch(ledger.peak, dict(sent_bytes), dict(sent_calls))
+    return MicroBatch(tuple(spans), dict(sent_bytes), dict(sent_calls))
 
 
 def _flash_attention(
@@ -104,7 +126,3 @@ def _flash_attention(
     """As a GPU's flash kernel: on the meta device torch's own choice is to write out the scores."""
     assert not enable_gqa, "the trainer's models have as many keys as queries"
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
-
-
-def _drop_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None

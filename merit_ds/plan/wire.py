@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
+from torch import Tensor
+
 from merit_ds.layout import ShardLayout
 from merit_ds.payload import flat_matrices, zero_bounds
 from merit_ds.plan.memory import Sizes
 from merit_ds.plan.optimizers import Optimizer
 from merit_ds.plan.paper import MicroBatch
 from merit_ds.plan.wrapper import Wrapper
+from merit_ds.shard import logical_matrices
 
 Span = Literal["data", "tensor", "all"]
 
@@ -82,7 +85,7 @@ def exchange_of(
     """What the package's optimizers exchange, worked out by the layouts that a run would have.
 
     Args:
-        groups: the optimizer's, of parameters on any device, "meta" too; called while their tensor-parallel group
+        groups: the optimizer's, of parameters on any device, "meta" too; call it while their tensor-parallel group
             exists, which says what is split.
         ranks: data-parallel ones.
         sharded: whether they hold slices.
@@ -91,15 +94,26 @@ def exchange_of(
     data = tensor = kept = 0
     if optimizer.norm is None:
         return Exchange(0, 0, 0)
-    for group in groups:
-        matrices, length = flat_matrices(group["params"], settings=optimizer.settings)
-        bounds = zero_bounds(length, ranks) if sharded else [0, length]
-        layout = ShardLayout.build(matrices, bounds=bounds, rank=rank if sharded else 0)
+    layouts = [layout for group in groups for layout in _layouts(group["params"], optimizer, ranks, sharded, rank)]
+    for layout in layouts:
         data += layout.exchange_size if sharded and ranks > 1 else 0
         tensor += layout.tensor_exchange_size if tensor_ranks > 1 else 0
         own = (fragment for fragment in (*layout.cut, *layout.whole) if fragment.matrix.scaled)
         kept += sum(fragment.rows + fragment.matrix.cols + 1 if fragment.matrix.has_axes else 1 for fragment in own)
     return Exchange(data, tensor, data + tensor + kept)
+
+
+def _layouts(
+    parameters: Sequence[Tensor], optimizer: Optimizer, ranks: int, sharded: bool, rank: int
+) -> list[ShardLayout]:
+    """One of a rank's slice of all parameters; unsharded, one of each parameter, frozen ones too."""
+    if sharded:
+        matrices, length = flat_matrices(parameters, settings=optimizer.settings)
+        return [ShardLayout.build(matrices, bounds=zero_bounds(length, ranks), rank=rank)]
+    return [
+        ShardLayout.build(logical_matrices(one, optimizer.settings), bounds=[0, one.numel()], rank=0)
+        for one in parameters
+    ]
 
 
 def transfers_of(

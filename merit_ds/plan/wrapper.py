@@ -56,6 +56,7 @@ class Wrapper:
         communication: the dtype of the gradients on the wire.
         bucket: elements of a reduction's bucket.
         buffers: how many buckets are held: 2 with `overlap_comm`.
+        copies_bucket: a bucket is copied to be reduced, as it is with `reduce_scatter`.
         to_owner: each slice is reduced to its owner, where the default is an all-reduce of the whole bucket.
         checks_overflow: a flag is exchanged before the step.
         norms: the gradient norm is exchanged.
@@ -69,6 +70,7 @@ class Wrapper:
     communication: torch.dtype
     bucket: int
     buffers: int
+    copies_bucket: bool
     to_owner: bool
     checks_overflow: bool
     norms: bool
@@ -112,6 +114,7 @@ def wrapper_of(ds_config: dict[str, Any]) -> Wrapper:
         communication=_dtype(ds_config, "communication_data_type", dtype),
         bucket=int(zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)) if is_zero else _BUCKET_ELEMENTS,
         buffers=2 if is_zero and zero.get("overlap_comm") else 1,
+        copies_bucket=zero.get("reduce_scatter", True),
         to_owner=is_zero and zero.get("reduce_scatter", True) and not zero.get("use_multi_rank_bucket_allreduce", True),
         checks_overflow=is_zero and bool(checked.get(dtype, False)),
         norms=not is_zero or zero.get("compute_grad_norm", True),

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan against real training steps of the real trainer: bytes on the wire to the byte, memory within 5 %."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import launch
+import pytest
+from plan_cases import RANKS, RECIPE, Case, measure_all
+from ranks import run_ranks
+
+from merit_ds.plan.forecast import Estimate, estimate, on_paper
+from merit_ds.plan.gpus import GPUS
+from merit_ds.plan.timing import Assumptions, Cluster
+
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 2}}
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+ONE, TWO = {"stage": 1}, {"stage": 2}
+PAIR = {"tensor_parallel": 2}
+LLAMA = {"norm": "rmsnorm", "qk_norm": True, "activation": "swiglu", "positions": "rotary", "tied_embeddings": False}
+
+
+def optimizer(kind: str, **params: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "params": {"lr": 0.001} | params}}
+
+
+CASES = [
+    Case("stage0"),
+    Case("stage0_bf16", BF16),
+    Case("stage0_unclipped", {"gradient_clipping": 0.0}),
+    Case("recipe", BF16 | SUMS, ONE),
+    Case("recipe_fp32_wire", BF16 | SUMS | {"communication_data_type": "fp32"}, ONE),
+    Case("recipe_adamw", BF16 | SUMS | optimizer("AdamW", torch_adam=True), ONE),
+    Case("zero1_fp32", {}, ONE),
+    Case("zero1_bf16", BF16, ONE),
+    Case("zero1_fp16_sums", FP16 | SUMS, ONE),
+    Case("zero1_lamb", BF16 | optimizer("MeritLAMB"), ONE),
+    Case("zero2_fp32", {}, TWO),
+    Case("zero2_bf16", BF16, TWO),
+    Case("zero2_bf16_unchecked", {"bf16": {"enabled": True, "check_grad_overflow": False}}, TWO),
+    Case("zero2_bf16_sums", BF16 | SUMS, TWO),
+    Case("zero2_fp16", FP16, TWO),
+    Case("zero2_lion", BF16 | optimizer("MeritLion"), TWO),
+    Case("zero2_to_owner", BF16, TWO | {"use_multi_rank_bucket_allreduce": False}),
+    Case("zero2_without_scatter", BF16, TWO | {"reduce_scatter": False}),
+    Case("zero2_one_micro_batch", BF16 | {"train_micro_batch_size_per_gpu": 6}, TWO),
+    Case("zero2_adamw", BF16 | optimizer("AdamW", torch_adam=True), TWO),
+    Case("pair_stage0", {}, model=PAIR),
+    Case("pair_recipe", BF16 | SUMS, ONE, PAIR),
+    Case("pair_zero2", BF16, TWO, PAIR | {"sequence_parallel": True}),
+    Case("pair_llama_lamb", BF16 | optimizer("MeritLAMB"), ONE, PAIR | LLAMA),
+    Case("pair_recomputed", {}, TWO, PAIR | {"activation_checkpointing": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan")
+    launch.prepare_text(path)
+    (path / "recipe.yaml").write_text(RECIPE)
+    for case in CASES:
+        (path / f"{case.name}.json").write_text(json.dumps(case.ds_config()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    return run_ranks(RANKS, measure_all, CASES, folder, timeout=500)
+
+
+def planned(case: Case, folder) -> Estimate:
+    config, ds_config = case.config(folder), case.ds_config()
+    gpu = GPUS["h100-80g"]
+    with on_paper(config, ds_config) as paper:
+        micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+        return estimate(paper, ds_config, Cluster(gpu, 1, RANKS, gpu.network), Assumptions(), micro_batch=micro_batch)
+
+
+def span(ranks: tuple[int, ...], tensor_parallel: int) -> str:
+    if len(ranks) == RANKS:
+        return "all"
+    return "tensor" if tensor_parallel > 1 and ranks[1] - ranks[0] == 1 else "data"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_bytes_handed_to_collectives_are_those_of_a_real_step(case, measured, folder):
+    tensor_parallel = case.model.get("tensor_parallel", 1)
+    found: Counter[tuple[str, str]] = Counter()
+    for (collective, ranks), (size, _) in measured[0][case.name].sent.items():
+        found[collective, span(ranks, tensor_parallel)] += size
+    wanted: Counter[tuple[str, str]] = Counter()
+    for transfer in planned(case, folder).transfers:
+        # Without tensor parallelism the data-parallel ranks are all ranks.
+        wanted[transfer.collective, "all" if transfer.ranks == RANKS else transfer.span] += transfer.handed_bytes
+    assert found == wanted
+
+
+# Optimizers of plain torch operations have temporary tensors in their step that are not planned.
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.name.endswith(("lamb", "zero2_adamw"))], ids=lambda case: case.name
+)
+def test_memory_is_that_of_a_real_step(case, measured, folder):
+    memory = planned(case, folder).memory
+    fullest = max((rank[case.name] for rank in measured), key=lambda one: one.peak)
+    assert (memory.parameters, memory.optimizer) == (fullest.parameters, fullest.optimizer)
+    rest = fullest.peak - fullest.parameters - fullest.optimizer
+    assert memory.gradients + memory.activations + memory.buffers == pytest.approx(rest, rel=0.05)
