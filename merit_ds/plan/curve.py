@@ -64,13 +64,16 @@ def draw(points: Sequence[Point], forecast: Forecast, path: Path, *, title: str)
     micro_batches = list(dict.fromkeys(point.estimate.micro_batch for point in points))
     first = min(points, key=lambda point: point.gpus)
     ideal = [first.estimate.time.total * first.gpus / gpus for gpus in GPU_COUNTS]
-    above.plot(GPU_COUNTS, ideal, color="#9ca3af", linestyle=":", linewidth=1.2, label="as much faster as more GPUs")
+    above.plot(GPU_COUNTS, ideal, color="#9ca3af", linestyle=":", linewidth=1.2, label="perfect scaling")
     for micro_batch, colour in reversed(list(zip(micro_batches, _COLOURS, strict=False))):
         own = [point for point in points if point.estimate.micro_batch == micro_batch]
         _draw_line(above, below, own, forecast, colour)
-    _mark_ends(above, points, forecast, micro_batches)
-    above.set(xscale="log", yscale="log", ylabel="seconds a step (estimate)")
-    above.set_title(f"{title}: {forecast.plan.batch.global_batch:,} sequences a step", loc="left", fontsize=12)
+    _mark_ends(above, forecast)
+    _mark_recipe(above, forecast)
+    above.set(xscale="log", yscale="log", ylabel="seconds a step", ylim=(0.6 * ideal[-1], 2.5 * ideal[0]))
+    above.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    title = f"{title}: {forecast.plan.batch.global_batch:,} sequences a step"
+    above.set_title(title, loc="left", fontsize=12, pad=12)
     below.set(xscale="log", xlabel="GPUs", ylabel="MFU, %", ylim=(0, None))
     below.set_xticks(GPU_COUNTS, [f"{gpus:,}" for gpus in GPU_COUNTS])
     below.minorticks_off()
@@ -78,6 +81,10 @@ def draw(points: Sequence[Point], forecast: Forecast, path: Path, *, title: str)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     above.legend(frameon=False, fontsize=9, loc="lower left")
+    reached = f"Estimates. Forward and backward passes are assumed to reach {forecast.assumed.compute:.0%} of the data "
+    figure.supxlabel(
+        reached + "sheet's FLOP/s at every micro-batch; small ones reach less.", fontsize=8, x=0.01, ha="left"
+    )
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
@@ -91,7 +98,8 @@ def _draw_line(above: Any, below: Any, points: Sequence[Point], forecast: Foreca
     gpus = [point.gpus for point in points]
     micro_batch = points[0].estimate.micro_batch
     fits = [point.estimate.memory.total <= forecast.usable_memory for point in points]
-    label = f"micro-batch {micro_batch}" + ("" if all(fits) else ", hollow: too large for the memory")
+    label = f"micro-batch {micro_batch}, up to {_limit(forecast, micro_batch):,} GPUs"
+    label += "" if all(fits) else "; hollow: too large for the memory"
     series = (
         (above, [point.estimate.time.total for point in points]),
         (below, [100 * point.estimate.mfu for point in points]),
@@ -102,23 +110,38 @@ def _draw_line(above: Any, below: Any, points: Sequence[Point], forecast: Foreca
             axes.plot(x, y, "o", color=colour, markersize=5, markerfacecolor=colour if fit else "white")
 
 
-def _mark_ends(axes: Any, points: Sequence[Point], forecast: Forecast, micro_batches: Sequence[int]) -> None:
-    """Where the accumulation is down to 1: the batch cannot be spread over more GPUs at this micro-batch."""
-    tensor = forecast.paper.config.model.tensor_parallel
-    for micro_batch, colour in zip(micro_batches, _COLOURS, strict=False):
-        limit = forecast.plan.batch.global_batch // micro_batch * tensor
-        if limit > GPU_COUNTS[-1]:
-            continue
-        axes.axvline(limit, color=colour, linewidth=1, linestyle="--", alpha=0.7)
+def _limit(forecast: Forecast, micro_batch: int) -> int:
+    """GPUs at which the accumulation is down to 1: the batch cannot be spread over more."""
+    return forecast.plan.batch.global_batch // micro_batch * forecast.paper.config.model.tensor_parallel
+
+
+def _mark_ends(axes: Any, forecast: Forecast) -> None:
+    """Where the recipe's micro-batch ends, and where the last sequence has its rank."""
+    most, micro_batch = GPU_COUNTS[-1], forecast.plan.batch.micro_batch
+    axes.set_xlim(0.85 * GPU_COUNTS[0], 1.15 * most)
+    own, last = _limit(forecast, micro_batch), _limit(forecast, 1)
+    top = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 9}
+    if own <= most:
+        axes.axvline(own, color=_COLOURS[0], linewidth=1, linestyle="--")
+        text = f"micro-batch {micro_batch} ends at {own:,} GPUs: accumulation 1"
+        left = own > GPU_COUNTS[len(GPU_COUNTS) // 2]
         axes.annotate(
-            f"micro-batch {micro_batch} ends at {limit:,} GPUs: accumulation 1",
-            (limit, 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=colour,
+            text, (own, 0.98), xytext=(-5 if left else 5, 0), ha="right" if left else "left", color=_COLOURS[0], **top
         )
+    if last < most:
+        axes.axvspan(last, 1.15 * most, color="#e5e7eb", zorder=0)
+        axes.annotate("no sequences for more GPUs", (last, 0.9), xytext=(6, 0), ha="left", color="#4b5563", **top)
+
+
+def _mark_recipe(axes: Any, forecast: Forecast) -> None:
+    """The launch that was asked for."""
+    gpus, seconds = forecast.cluster.gpus, forecast.recipe.time.total
+    axes.plot(gpus, seconds, "*", color="black", markersize=13, zorder=5)
+    accumulation = forecast.recipe.accumulation
+    axes.annotate(
+        f"this launch: {gpus:,} GPUs, {seconds:.2f} s, accumulation {accumulation}",
+        (gpus, seconds),
+        xytext=(10, 8),
+        textcoords="offset points",
+        fontsize=9,
+    )

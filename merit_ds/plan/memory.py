@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from merit_ds.payload import zero_bounds
+from merit_ds.plan.buckets import engine_buckets, zero_buckets
 from merit_ds.plan.paper import Span
 from merit_ds.plan.wrapper import Wrapper
 
@@ -62,8 +63,9 @@ class Sizes:
         return sum(map(sum, self.groups))
 
     @property
-    def largest(self) -> int:
-        return max(map(max, self.groups))
+    def in_order(self) -> list[int]:
+        """All that are trained."""
+        return [size for group in self.groups for size in group]
 
     def padded(self, ranks: int) -> int:
         """Elements of ZeRO's flat buffers."""
@@ -136,7 +138,7 @@ def _unsharded(
 ) -> Iterator[_Moment]:
     """Stage 0: `grad` of every parameter; a bucket's copy to reduce; float32 copies for the step in 16 bits."""
     gradients = wrapper.dtype.itemsize * sizes.trained
-    bucket = _bucket(wrapper, [size for group in sizes.groups for size in group])
+    bucket = max(engine_buckets(sizes.in_order, wrapper.bucket))
     yield from _backward(spans, accumulation, itemsize=wrapper.dtype.itemsize)
     yield _Moment("reduction", gradients, bucket * (wrapper.dtype.itemsize + _cast(wrapper, wrapper.dtype)))
     yield _Moment("step", gradients + (_MASTER * sizes.trained if wrapper.kind == "float32 copies" else 0), 0)
@@ -148,7 +150,7 @@ def _bf16_optimizer(
     """Float32 sums of all gradients on every rank, beside the `grad` of each micro-batch; they are sent in 16 bits."""
     sums = _MASTER * sizes.padded(ranks)
     flats = [zero_bounds(sum(group), ranks)[-1] for group in sizes.groups]
-    bucket = _bucket(wrapper, flats)
+    bucket = max(engine_buckets(flats, wrapper.bucket))
     copied = _MASTER * bucket if bucket > max(flats) else 0  # several buffers in one bucket are put together first
     yield from _backward(spans, accumulation, itemsize=wrapper.dtype.itemsize, beside=sums)
     held = sums + wrapper.dtype.itemsize * sizes.trained
@@ -160,7 +162,7 @@ def _zero1(wrapper: Wrapper, sizes: Sizes, spans: Sequence[Span], ranks: int, ac
     summed = wrapper.accumulation.itemsize
     buckets = summed * wrapper.bucket * wrapper.buffers
     yield from _backward(spans, accumulation, itemsize=summed, buffers=buckets)
-    fill = _fill(wrapper, sizes)
+    fill = max(zero_buckets(sizes.in_order, wrapper.bucket))
     kept = sizes.partition(ranks) if wrapper.has_compact_sums else max(0, sizes.touched(ranks) - fill)
     yield _Moment("reduction", summed * (sizes.trained + kept), buckets + fill * _cast(wrapper, wrapper.accumulation))
     yield _step(wrapper, sizes, ranks)
@@ -221,22 +223,6 @@ def _backward(
         there = everything if accumulation > 1 else coming
         yield _Moment("backward", beside + there, buffers if there else 0, span.peak)
         coming += itemsize * span.elements
-
-
-def _fill(wrapper: Wrapper, sizes: Sizes) -> int:
-    """Elements of ZeRO's largest bucket: a parameter that is larger goes alone."""
-    return max(min(wrapper.bucket, sizes.trained), sizes.largest if sizes.largest > wrapper.bucket else 0)
-
-
-def _bucket(wrapper: Wrapper, sizes: Sequence[int]) -> int:
-    """Elements of the engine's largest bucket: tensors one after another until they are more than its size."""
-    largest = filled = 0
-    for size in sizes:
-        filled += size
-        largest = max(largest, filled)
-        if filled > wrapper.bucket:
-            filled = 0
-    return largest
 
 
 def _cast(wrapper: Wrapper, held: torch.dtype) -> int:

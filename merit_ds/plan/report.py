@@ -17,7 +17,8 @@ OPTIMIZER_SHARE = 0.05
 """Of the step's time, from which on the optimizer is not negligible."""
 MAXIMA_SHARE = 0.01
 """Of the bytes that data-parallel ranks send, or of the step's time, from which on the maxima are not."""
-_PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
+"""Of a GPU's memory."""
 _WHAT = {
     "gradients": "gradients",
     "weights": "updated weights",
@@ -124,7 +125,7 @@ def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
 def _memory(forecast: Forecast) -> list[str]:
     lines = [
         f"Memory of the fullest GPU at its fullest moment, GB; {_gb(forecast.usable_memory)} GB can be used",
-        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in _PARTS) + f"{'total':>8}  largest micro-batch",
+        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}  largest micro-batch",
     ]
     for row in forecast.stages:
         mark = "*" if row.stage == forecast.recipe.stage else " "
@@ -136,7 +137,7 @@ def _stage(row: Stage, forecast: Forecast) -> str:
     if row.memory is None:
         return f" refused: {row.refusal}"
     memory: Memory = row.memory
-    parts = "".join(f"{_gb(getattr(memory, part)):>12}" for part in _PARTS)
+    parts = "".join(f"{_gb(getattr(memory, part)):>12}" for part in PARTS)
     ranks = forecast.recipe.ranks
     accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
     largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
@@ -175,7 +176,9 @@ def _time(forecast: Forecast) -> list[str]:
     }
     total = recipe.time.total
     lines = ["Time of a step: an estimate, nothing overlapped"]
-    lines += [f"  {name:<36}{1000 * seconds:>12,.2f} ms{seconds / total:>9.2%}" for name, seconds in parts.items()]
+    lines += [
+        f"  {name:<36}{1000 * seconds:>12,.2f} ms{seconds / total:>9.2%}" for name, seconds in parts.items() if seconds
+    ]
     return [*lines, f"  {'step':<36}{1000 * total:>12,.2f} ms", _summary(recipe)]
 
 

@@ -7,13 +7,13 @@ Evaluation, checkpoints and what telemetry samples come on top.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, Literal
 
 from torch import Tensor
 
 from merit_ds.layout import ShardLayout
 from merit_ds.payload import flat_matrices, zero_bounds
+from merit_ds.plan.buckets import engine_buckets, zero_buckets
 from merit_ds.plan.memory import Sizes
 from merit_ds.plan.optimizers import Optimizer
 from merit_ds.plan.paper import MicroBatch
@@ -43,7 +43,7 @@ class Transfer:
         span: the ranks: data-parallel, tensor-parallel or all of them.
         ranks: how many those are.
         handed_bytes: that each rank hands in, in a step.
-        calls: collectives in a step.
+        calls: collectives in a step; of `reduce`, to each owner, as many at least.
     """
 
     what: str
@@ -140,22 +140,17 @@ def transfers_of(
         if sizes_of_spans[span] > 1 and handed:
             found.append(Transfer(what, collective, span, sizes_of_spans[span], handed, calls))
 
-    elements = sizes.padded(ranks) if wrapper.kind == "BF16_Optimizer" else sizes.trained
+    buckets = _buckets(wrapper, sizes, layers, ranks)
     times = wrapper.reductions(accumulation)
     collective = "reduce" if wrapper.to_owner else "all-reduce"
-    add(
-        "gradients",
-        collective,
-        "data",
-        times * elements * wrapper.communication.itemsize,
-        times * ceil(elements / wrapper.bucket),
-    )
+    handed = times * sum(buckets) * wrapper.communication.itemsize
+    add("gradients", collective, "data", handed, times * len(buckets))
     if wrapper.shards:
         add("weights", "all-gather", "data", wrapper.dtype.itemsize * sizes.partition(ranks), len(sizes.groups))
     if optimizer.norm is not None:
         norms = "all-reduce" if optimizer.norm.name == "max" else "all-gather"
-        add("maxima", norms, "data", optimizer.slot_bytes * exchange.data_slots, len(sizes.groups))
-        add("maxima", norms, "tensor", optimizer.slot_bytes * exchange.tensor_slots, len(sizes.groups))
+        add("maxima", norms, "data", optimizer.slot_bytes * exchange.data_slots, 1)
+        add("maxima", norms, "tensor", optimizer.slot_bytes * exchange.tensor_slots, 1)
     for span, scalars in _scalars(wrapper, len(sizes.groups)).items():
         add("norms", "all-reduce", span, sum(scalars), len(scalars))
     # The trainer asks for signals in every micro-batch but the last, and after the step for these and two more flags.
@@ -163,6 +158,17 @@ def transfers_of(
     for collective, handed in layers.tensor_bytes.items():
         add("layers", collective, "tensor", accumulation * handed, accumulation * layers.tensor_calls[collective])
     return found
+
+
+def _buckets(wrapper: Wrapper, sizes: Sizes, layers: MicroBatch, ranks: int) -> list[int]:
+    """Elements of each reduction: ZeRO-2 takes gradients as they come, the others by the groups."""
+    if wrapper.kind == "BF16_Optimizer":
+        flats = [zero_bounds(sum(group), ranks)[-1] for group in sizes.groups]
+        return engine_buckets(flats, wrapper.bucket)
+    if wrapper.kind == "DeepSpeedZeroOptimizer":
+        order = [span.elements for span in layers.spans] if wrapper.stage == 2 else sizes.in_order
+        return zero_buckets(order, wrapper.bucket)
+    return engine_buckets(sizes.in_order, wrapper.bucket)
 
 
 def _scalars(wrapper: Wrapper, groups: int) -> dict[Span, list[int]]:
