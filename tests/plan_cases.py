@@ -19,7 +19,6 @@ from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.plan import make_plan
 from merit_ds.training.trainer import Trainer
 
-RANKS = 4
 BATCH = 24
 BUCKET = 20_000
 """Elements: a third of the model's, so that there are several, and a weight that is larger."""
@@ -27,7 +26,7 @@ BUCKET = 20_000
 RECIPE = """
 model: {num_layers: 3, hidden_size: 36, num_attention_heads: 2, seq_length: 2}
 data: {prefix: data, tokenizer: byte}
-run: {deepspeed: ds.json, train_tokens: 192, eval_sequences: 1}
+run: {deepspeed: ds.json, train_tokens: 144, eval_sequences: 1}
 telemetry: {interval: 0}
 """
 JSON = {
@@ -45,6 +44,11 @@ class Case:
     json: dict[str, Any] = field(default_factory=dict)
     zero: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        """Three that share the batch, or two pairs that share layers."""
+        return 4 if "tensor_parallel" in self.model else 3
 
     def config(self, folder: Path) -> Config:
         settings = {f"model.{key}": value for key, value in self.model.items()}
@@ -89,7 +93,7 @@ def measure_all(rank: int, cases: list[Case], folder: Path) -> dict[str, Measure
 
 
 def measure(config: Config) -> Measured:
-    """The trainer from plan to its fourth step; from the second on the optimizer has all its state."""
+    """The trainer from plan to its third step; from the second on the optimizer has all its state."""
     before = {id(storage): storage for storage in alive()}  # held, so that no other gets its id
     plan = make_plan(config)
     try:
@@ -99,7 +103,7 @@ def measure(config: Config) -> Measured:
         trainer = Trainer(engine, plan, data)
         with Interrupt() as interrupt:
             trainer.train_step(interrupt)
-            ledgers = [count_step(trainer, interrupt, before) for _ in range(3)]
+            ledgers = [count_step(trainer, interrupt, before) for _ in range(2)]
         model = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in engine.module.parameters()}
         stepped = stepped_storages(engine.basic_optimizer)
         ledger = min(ledgers, key=lambda one: one.peak)  # gloo's threads may hold a tensor for a moment longer

@@ -18,6 +18,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -118,20 +119,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(given: str) -> int:
-    if (value := int(given)) <= 0:
-        raise ValueError
-    return value
+    if not (given.isdecimal() and int(given)):
+        raise argparse.ArgumentTypeError(f"{given} is no positive integer")
+    return int(given)
 
 
 def _rate(given: str) -> float:
-    if not (value := float(given)) > 0:
-        raise ValueError
-    return value
+    return _number(given, most=inf)
 
 
 def _share(given: str) -> float:
-    if not 0 < (value := float(given)) <= 1:
-        raise ValueError
+    return _number(given, most=1)
+
+
+def _number(given: str, *, most: float) -> float:
+    try:
+        value = float(given)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most or value == inf:
+        raise argparse.ArgumentTypeError(f"{given} is no number above 0" + ("" if most == inf else f" up to {most:g}"))
     return value
 
 

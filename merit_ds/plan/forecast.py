@@ -107,14 +107,14 @@ class Stage:
     """What a ZeRO stage would hold.
 
     Attributes:
-        memory: with the recipe's micro-batch; None where the trainer refuses the stage.
+        estimate: with the recipe's micro-batch; None where the trainer refuses the stage.
         largest: micro-batch that fits the GPU and divides the batch; 0 where none does.
-        refusal: why there is no memory.
+        refusal: why there is no estimate.
     """
 
     stage: int
     wrapper: str
-    memory: Memory | None
+    estimate: Estimate | None
     largest: int
     refusal: str | None = None
 
@@ -250,12 +250,12 @@ def _stage(paper: Paper, ds_config: dict[str, Any], cluster: Cluster, assumed: A
     share = batch.global_batch // ranks
     usable = cluster.gpu.memory * assumed.usable_memory
 
-    def held(micro_batch: int) -> Memory:
-        return estimate(paper, ds_config, cluster, assumed, micro_batch=micro_batch).memory
+    def at(micro_batch: int) -> Estimate:
+        return estimate(paper, ds_config, cluster, assumed, micro_batch=micro_batch)
 
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
-    largest = next((size for size in sizes if held(size).total <= usable), 0)
-    return Stage(stage, wrapper.kind, held(batch.micro_batch), largest)
+    largest = next((size for size in sizes if at(size).memory.total <= usable), 0)
+    return Stage(stage, wrapper.kind, at(batch.micro_batch), largest)
 
 
 def _whole_size(parameter: torch.Tensor, config: Config) -> int:

@@ -55,7 +55,7 @@ def values(forecast: Forecast, points: Sequence[Point], *, gpu_name: str) -> dic
         "fits": forecast.fits,
         "recipe": _estimate_values(forecast.recipe),
         "stages": [
-            asdict(row) | {"memory": None if row.memory is None else _memory_values(row.memory)}
+            asdict(row) | {"estimate": None if row.estimate is None else _estimate_values(row.estimate)}
             for row in forecast.stages
         ],
         "curve": [{"gpus": point.gpus} | _estimate_values(point.estimate) for point in points],
@@ -124,8 +124,10 @@ def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
 
 def _memory(forecast: Forecast) -> list[str]:
     lines = [
-        f"Memory of the fullest GPU at its fullest moment, GB; {_gb(forecast.usable_memory)} GB can be used",
-        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}  largest micro-batch",
+        f"Memory of the fullest GPU at its fullest moment, GB ({_gb(forecast.usable_memory)} can be used); what a rank "
+        "sends in a step, GB",
+        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}{'sent':>8}{'step':>8}"
+        "  largest micro-batch",
     ]
     for row in forecast.stages:
         mark = "*" if row.stage == forecast.recipe.stage else " "
@@ -134,14 +136,14 @@ def _memory(forecast: Forecast) -> list[str]:
 
 
 def _stage(row: Stage, forecast: Forecast) -> str:
-    if row.memory is None:
+    if row.estimate is None:
         return f" refused: {row.refusal}"
-    memory: Memory = row.memory
+    memory, ranks = row.estimate.memory, forecast.recipe.ranks
     parts = "".join(f"{_gb(getattr(memory, part)):>12}" for part in PARTS)
-    ranks = forecast.recipe.ranks
+    sent = sum(transfer.sent_bytes for transfer in row.estimate.transfers)
     accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
     largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
-    return f"{parts}{_gb(memory.total):>8}  {largest}"
+    return f"{parts}{_gb(memory.total):>8}{_gb(sent):>8}{row.estimate.time.total:>6.2f} s  {largest}"
 
 
 def _traffic(forecast: Forecast) -> list[str]:
