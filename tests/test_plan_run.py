@@ -80,9 +80,7 @@ def planned(case: Case, folder) -> Estimate:
     cluster = Cluster(gpu, 1, case.ranks, gpu.network)
     with on_paper(config, ds_config) as paper:
         micro_batch = ds_config["train_micro_batch_size_per_gpu"]
-        return estimate(
-            paper, ds_config, Cluster(gpu, 1, case.ranks, gpu.network), Assumptions(), micro_batch=micro_batch
-        )
+        return estimate(paper, ds_config, cluster, Assumptions(), micro_batch=micro_batch)
 
 
 def span(ranks: tuple[int, ...], case: Case) -> str:

@@ -144,13 +144,15 @@ def ring_bandwidth(cluster: Cluster, span: Span, *, tensor_ranks: int) -> float:
 
 
 def _passed_bytes(wrapper: Wrapper, trained: int, stepped: int, accumulation: int) -> int:
-    """Bytes that DeepSpeed itself reads and writes of gradients, as its code does with tensor operations."""
-    item = wrapper.dtype.itemsize
+    """Bytes that are read and written of gradients beside the passes themselves, as DeepSpeed's tensor operations do."""
+    item, summed = wrapper.dtype.itemsize, wrapper.accumulation.itemsize
+    added = item + 2 * summed  # a micro-batch's gradient to the sum
     if wrapper.kind == "BF16_Optimizer":
-        # Each micro-batch: read bf16, add to float32, zero bf16. Then cast and back, norm, clip, zero.
-        return trained * (accumulation * (item + 8 + item) + (4 + item) + (item + 4) + 4 + 8 + 4)
+        # Each micro-batch: add, and zero bf16. Then a cast and back, norm, clip, zero.
+        return trained * (accumulation * (added + item) + (4 + item) + (item + 4) + 4 + 8 + 4)
     if wrapper.kind == "DeepSpeedZeroOptimizer":
         # Each reduction: into the bucket, divide, a flat copy. Then float32 copies of the slice, norm, clip.
-        return trained * wrapper.reductions(accumulation) * 6 * item + stepped * (2 * item + 4 + 4 + 8)
-    # A flat copy and back, norm, clip; in 16 bits float32 copies as well.
-    return trained * (4 * item + 4 + 8 + (0 if wrapper.kind == "none" else item + 4))
+        sums = accumulation * added if wrapper.stage == 1 else 0
+        return trained * (sums + wrapper.reductions(accumulation) * 6 * item) + stepped * (2 * item + 4 + 4 + 8)
+    # Sums, a flat copy and back, norm, clip; in 16 bits float32 copies as well.
+    return trained * (accumulation * added + 4 * item + 4 + 8 + (0 if wrapper.kind == "none" else item + 4))
