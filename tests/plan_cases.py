@@ -82,6 +82,7 @@ class Measured:
 def measure_all(rank: int, cases: list[Case], folder: Path) -> dict[str, Measured]:
     # DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes it anywhere.
     type(get_accelerator()).is_fp16_supported = lambda accelerator: True
+    torch._dynamo.config.disable = True  # Muon's update as it is written: to compile it takes a minute
     results = {}
     for case in cases:
         try:

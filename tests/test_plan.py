@@ -120,6 +120,8 @@ def test_what_optimizers_keep_and_move():
     for kind, wanted in kept.items():
         found = optimizer_of({"optimizer": {"type": kind, "params": {"lr": 0.1}}})
         assert (found.moments, found.moved_bytes) == wanted
+    scion, muon = (optimizer_of({"optimizer": {"type": kind, "params": {"lr": 1}}}) for kind in ("MeritScion", "Muon"))
+    assert (scion.moments, scion.momentum, muon.momentum) == (1, "sum", "pieces")
     with pytest.raises(InputError, match="'OneBitAdam': the plan knows Merit, "):
         optimizer_of({"optimizer": {"type": "OneBitAdam"}})
 
@@ -145,7 +147,7 @@ def test_shares_that_are_not_negligible_are_warned_of():
     assert any("the optimizer takes" in line for line in report.warnings(planned("gpt2_small_1k", 128, **alone)))
     assert not report.warnings(planned("gpt2_small_1k", 8))
     tiny = planned("quickstart", 1, gpus=2)  # a step of two milliseconds, in which every message counts
-    assert any("of the data-parallel bytes and" in line for line in report.warnings(tiny))
+    assert any("of the data-parallel bytes, in" in line for line in report.warnings(tiny))
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link():

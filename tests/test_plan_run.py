@@ -46,12 +46,19 @@ CASES = [
     Case("zero2_without_scatter", BF16, TWO | {"reduce_scatter": False}),
     Case("zero2_one_micro_batch", BF16 | {"train_micro_batch_size_per_gpu": 8}, TWO),
     Case("zero2_adamw", BF16 | optimizer("AdamW", torch_adam=True), TWO),
+    Case("recipe_muon", BF16 | SUMS | optimizer("Muon", torch_adam=True), ONE),
+    Case("stage0_muon", optimizer("Muon", torch_adam=True)),
+    Case("zero2_scion", BF16 | optimizer("MeritScion"), TWO),
     Case("pair_stage0", {}, model=PAIR),
     Case("pair_recipe", BF16 | SUMS, ONE, PAIR),
     Case("pair_zero2", BF16, TWO, PAIR | {"sequence_parallel": True}),
     Case("pair_llama_lamb", BF16 | optimizer("MeritLAMB"), ONE, PAIR | LLAMA),
     Case("pair_recomputed", {}, TWO, PAIR | {"activation_checkpointing": True}),
 ]
+
+
+# Optimizers of plain torch operations have temporary tensors in their step, which are not planned.
+TEMPORARIES = {"zero1_lamb", "pair_llama_lamb", "zero2_adamw", "recipe_muon", "stage0_muon", "zero2_scion"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +100,8 @@ def span(ranks: tuple[int, ...], case: Case) -> str:
 def test_the_bytes_handed_to_collectives_are_those_of_a_real_step(case, measured, folder):
     found: Counter[tuple[str, str, str]] = Counter()
     for (collective, ranks), (size, calls) in measured[case.name][0].sent.items():
+        if collective == "all-to-all":  # the one collective to which ranks hand in different sizes
+            size = max(rank.sent[collective, ranks][0] for rank in measured[case.name])
         found[collective, span(ranks, case), "bytes"] += size
         found[collective, span(ranks, case), "calls"] += calls
     wanted: Counter[tuple[str, str, str]] = Counter()
@@ -106,13 +115,12 @@ def test_the_bytes_handed_to_collectives_are_those_of_a_real_step(case, measured
     assert found == wanted
 
 
-# Optimizers of plain torch operations have temporary tensors in their step that are not planned.
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if not case.name.endswith(("lamb", "zero2_adamw"))], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_memory_is_that_of_a_real_step(case, measured, folder):
     memory = planned(case, folder).memory
     fullest = max(measured[case.name], key=lambda one: one.peak)
-    assert (memory.parameters, memory.optimizer) == (fullest.parameters, fullest.optimizer)
+    assert memory.parameters == fullest.parameters
+    assert memory.optimizer == max(rank.optimizer for rank in measured[case.name])
     rest = fullest.peak - fullest.parameters - fullest.optimizer
-    assert memory.gradients + memory.activations + memory.buffers == pytest.approx(rest, rel=0.05)
+    if case.name not in TEMPORARIES:
+        assert memory.gradients + memory.activations + memory.buffers == pytest.approx(rest, rel=0.05)

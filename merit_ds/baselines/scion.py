@@ -120,7 +120,7 @@ def _step_matrix(
 ) -> None:
     """Step this rank's piece of a matrix; where others hold pieces too, all join to put it together."""
     runs = list(_runs(shard, matrix))
-    kind = _kind(matrix, owner, group)
+    kind = kind_of_step(matrix, owner, group)
     if kind == "sign":  # element by element: nobody needs another's part
         changes = [momentum[offset : offset + size].sign() / matrix.cols for offset, size, _ in runs]
     elif runs or shared:
@@ -141,7 +141,8 @@ def _step_matrix(
         place.copy_((place.float() * kept).sub_(change * (lr * radius)))
 
 
-def _kind(matrix: Matrix, owner: Tensor, group: dict[str, Any]) -> str:
+def kind_of_step(matrix: Matrix, owner: Tensor, group: dict[str, Any]) -> str:
+    """Which norm's ball its step is in: "sign", "spectral" or, of a vector, "rms"."""
     if matrix.is_vector:
         return "rms"
     # Megatron-core says of its embedding and output weights what they are.

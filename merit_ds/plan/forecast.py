@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from merit_ds.errors import InputError
+from merit_ds.plan.exchange import Exchange, exchange_of
 from merit_ds.plan.memory import Memory, Sizes, memory_of
-from merit_ds.plan.optimizers import Optimizer, optimizer_of
+from merit_ds.plan.optimizers import Optimizer, optimizer_groups, optimizer_of
 from merit_ds.plan.paper import MicroBatch, Span, paper_model, run_micro_batch
 from merit_ds.plan.timing import Assumptions, Cluster, StepTime, step_time
-from merit_ds.plan.wire import Exchange, Transfer, exchange_of, transfers_of
+from merit_ds.plan.wire import Transfer, transfers_of
 from merit_ds.plan.wrapper import with_stage, wrapper_of
 from merit_ds.training.config import Config
-from merit_ds.training.deepspeed_config import model_dtype, parameter_groups, section
+from merit_ds.training.deepspeed_config import model_dtype, section
 from merit_ds.training.model import padded_vocab
 from merit_ds.training.plan import Plan, plan_of
 from merit_ds.training.report import flops_per_sequence
@@ -47,6 +48,12 @@ class Paper:
     one: MicroBatch
     two: MicroBatch
     _exchanges: dict[tuple[int, bool], Exchange] = field(default_factory=dict)
+
+    @property
+    def moments(self) -> list[int]:
+        """Of each group that `sizes` has."""
+        trained = [group for group in self.groups if any(p.requires_grad for p in group["params"])]
+        return [1 if group.get("use_muon") else self.optimizer.moments for group in trained]
 
     def exchange(self, *, ranks: int, sharded: bool) -> Exchange:
         """For a number of data-parallel ranks; thousands of them take a moment."""
@@ -151,7 +158,7 @@ def on_paper(config: Config, ds_config: dict[str, Any]) -> Iterator[Paper]:
     optimizer = optimizer_of(ds_config)
     vocabulary = _VOCABULARY[config.data.tokenizer]
     with paper_model(config.model, vocab_size=vocabulary, dtype=model_dtype(ds_config)) as model:
-        groups = parameter_groups(ds_config, model.parameters())
+        groups = optimizer_groups(ds_config, dict(model.named_parameters()))
         trained = [tuple(p.numel() for p in group["params"] if p.requires_grad) for group in groups]
         frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
         one, two = (run_micro_batch(model, sequences=count, seq_length=config.model.seq_length) for count in (1, 2))
@@ -227,7 +234,7 @@ def estimate(
             paper.sizes,
             ranks=ranks,
             accumulation=accumulation,
-            moments=paper.optimizer.moments,
+            moments=paper.moments,
             spans=passes.spans,
             scratch=exchange.kept_slots * paper.optimizer.slot_bytes,
         ),

@@ -69,11 +69,15 @@ class Sizes:
 
     def padded(self, ranks: int) -> int:
         """Elements of ZeRO's flat buffers."""
-        return sum(zero_bounds(sum(sizes), ranks)[-1] for sizes in self.groups)
+        return ranks * self.partition(ranks)
+
+    def partitions(self, ranks: int) -> list[int]:
+        """Elements of a rank's slice of each group."""
+        return [zero_bounds(sum(sizes), ranks)[1] for sizes in self.groups]
 
     def partition(self, ranks: int) -> int:
-        """Elements of a rank's slices."""
-        return self.padded(ranks) // ranks
+        """Of all of them."""
+        return sum(self.partitions(ranks))
 
     def touched(self, ranks: int) -> int:
         """Elements of all parameters of which a rank's slices hold a part, on the rank with the most.
@@ -107,7 +111,7 @@ def memory_of(
     *,
     ranks: int,
     accumulation: int,
-    moments: int,
+    moments: Sequence[int],
     scratch: int,
 ) -> Memory:
     """The fullest moment of the fullest rank.
@@ -116,17 +120,17 @@ def memory_of(
         spans: of a micro-batch.
         ranks: data-parallel ones, which hold slices.
         accumulation: micro-batches of a step.
-        moments: float32 numbers that the optimizer keeps for each weight.
+        moments: of each group, float32 numbers that the optimizer keeps for each weight.
         scratch: bytes that the optimizer keeps beside its state.
     """
     weights = sizes.padded(ranks) if wrapper.shards else sizes.trained
-    stepped = sizes.partition(ranks) if wrapper.shards else sizes.trained
+    stepped = sizes.partitions(ranks) if wrapper.shards else [sum(group) for group in sizes.groups]
     masters = 0 if wrapper.kind == "none" else 1
     fullest = max(_MOMENTS[wrapper.kind](wrapper, sizes, spans, ranks, accumulation), key=lambda each: each.total)
     return Memory(
         parameters=wrapper.dtype.itemsize * (weights + sizes.frozen),
         gradients=fullest.gradients,
-        optimizer=_MASTER * stepped * (masters + moments),
+        optimizer=_MASTER * sum(size * (masters + kept) for size, kept in zip(stepped, moments, strict=True)),
         activations=fullest.activations,
         buffers=fullest.buffers + scratch,
         moment=fullest.name,

@@ -23,6 +23,7 @@ _WHAT = {
     "gradients": "gradients",
     "weights": "updated weights",
     "maxima": "maxima of cut weights",
+    "momentum": "momentum of cut weights",
     "norms": "gradient norm, overflow flag",
     "flags": "trainer's flags",
     "layers": "tensor-parallel layers",
@@ -89,11 +90,13 @@ def warnings(forecast: Forecast) -> list[str]:
     if share > OPTIMIZER_SHARE:
         found.append(f"the optimizer takes {share:.0%} of the step: more accumulation would hide it")
     data = [transfer for transfer in recipe.transfers if transfer.span == "data"]
-    maxima = sum(transfer.sent_bytes for transfer in data if transfer.what == "maxima")
+    maxima = sum(transfer.sent_bytes for transfer in data if transfer.what in ("maxima", "momentum"))
     everything = sum(transfer.sent_bytes for transfer in data)
     by_bytes, by_time = maxima / everything if everything else 0.0, recipe.time.maxima / total
     if max(by_bytes, by_time) > MAXIMA_SHARE:
-        found.append(f"the maxima are {by_bytes:.1%} of the data-parallel bytes and {by_time:.1%} of the step's time")
+        found.append(
+            f"the optimizer exchanges {by_bytes:.1%} of the data-parallel bytes, in {by_time:.1%} of the step's time"
+        )
     return found
 
 
@@ -172,7 +175,7 @@ def _time(forecast: Forecast) -> list[str]:
         "gradients' reduction": recipe.time.gradients,
         "DeepSpeed's passes over gradients": recipe.time.passes,
         "optimizer": recipe.time.optimizer,
-        "maxima": recipe.time.maxima,
+        "maxima or momentum of cut weights": recipe.time.maxima,
         "weights' all-gather": recipe.time.weights,
         "norms and flags": recipe.time.scalars,
     }
@@ -207,6 +210,7 @@ def _assumptions(forecast: Forecast) -> list[str]:
         f"{assumed.call_seconds * 1e6:.0f} us and {assumed.hop_seconds * 1e6:.0f} us for each doubling of its ranks",
         f"  {assumed.usable_memory:.0%} of the GPU's memory for tensors; activations as torch's own layers with flash "
         "attention keep them",
+        *(["  not counted: the optimizer's own products of matrices"] if forecast.paper.optimizer.momentum else []),
     ]
 
 

@@ -61,7 +61,7 @@ class StepTime:
         gradients: their reduction.
         passes: DeepSpeed's own over gradients: sums, casts, norms, clipping.
         optimizer: the step itself.
-        maxima: the optimizer's exchange.
+        maxima: the optimizer's exchange, of maxima or of momentum.
         weights: the all-gather.
         scalars: norms and flags.
     """
@@ -111,7 +111,7 @@ def step_time(
     """
     memory = cluster.gpu.memory_bandwidth * assumed.memory
     stepped = sizes.partition(ranks) if wrapper.shards else sizes.trained
-    spent = dict.fromkeys(("layers", "gradients", "maxima", "weights", "norms", "flags"), 0.0)
+    spent = dict.fromkeys(("layers", "gradients", "maxima", "momentum", "weights", "norms", "flags"), 0.0)
     for transfer in transfers:
         bandwidth = ring_bandwidth(cluster, transfer.span, tensor_ranks=tensor_ranks) * assumed.links
         # The flags of micro-batches travel behind work; those after the step do not.
@@ -124,7 +124,7 @@ def step_time(
         gradients=spent["gradients"],
         passes=_passed_bytes(wrapper, sizes.trained, stepped, accumulation) / memory,
         optimizer=optimizer.moved_bytes * stepped / memory,
-        maxima=spent["maxima"],
+        maxima=spent["maxima"] + spent["momentum"],
         weights=spent["weights"],
         scalars=spent["norms"] + spent["flags"],
     )
@@ -144,7 +144,7 @@ def ring_bandwidth(cluster: Cluster, span: Span, *, tensor_ranks: int) -> float:
 
 
 def _passed_bytes(wrapper: Wrapper, trained: int, stepped: int, accumulation: int) -> int:
-    """Bytes that are read and written of gradients beside the passes themselves, as DeepSpeed's tensor operations do."""
+    """Bytes that are read and written of gradients beside the passes, as DeepSpeed does it with tensor operations."""
     item, summed = wrapper.dtype.itemsize, wrapper.accumulation.itemsize
     added = item + 2 * summed  # a micro-batch's gradient to the sum
     if wrapper.kind == "BF16_Optimizer":

@@ -5,20 +5,17 @@ Counted against the collectives of real steps by `tests/test_plan_engine.py` and
 Evaluation, checkpoints and what telemetry samples come on top.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor
-
-from merit_ds.layout import ShardLayout
-from merit_ds.payload import flat_matrices, zero_bounds
+from merit_ds.payload import zero_bounds
 from merit_ds.plan.buckets import engine_buckets, zero_buckets
+from merit_ds.plan.exchange import Exchange
 from merit_ds.plan.memory import Sizes
 from merit_ds.plan.optimizers import Optimizer
 from merit_ds.plan.paper import MicroBatch
 from merit_ds.plan.wrapper import Wrapper
-from merit_ds.shard import logical_matrices
 
 Span = Literal["data", "tensor", "all"]
 
@@ -38,7 +35,7 @@ class Transfer:
     """One purpose's traffic.
 
     Attributes:
-        what: "gradients", "weights", "maxima", "norms", "flags" or "layers".
+        what: "gradients", "weights", "maxima", "momentum", "norms", "flags" or "layers".
         collective: as torch calls it.
         span: the ranks: data-parallel, tensor-parallel or all of them.
         ranks: how many those are.
@@ -57,63 +54,6 @@ class Transfer:
     def sent_bytes(self) -> float:
         """That each rank sends on a ring."""
         return self.handed_bytes * _RING[self.collective](self.ranks)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """The norms of weights that ranks share: what a step hands in, and what the optimizer keeps for them.
-
-    Attributes:
-        data_slots, tensor_slots: exchanged by data-parallel and tensor-parallel ranks.
-        kept_slots: of the first rank, those that it shares with nobody included.
-    """
-
-    data_slots: int
-    tensor_slots: int
-    kept_slots: int
-
-
-def exchange_of(
-    optimizer: Optimizer,
-    groups: Sequence[dict[str, Any]],
-    *,
-    ranks: int,
-    sharded: bool,
-    tensor_ranks: int,
-    rank: int = 0,
-) -> Exchange:
-    """What the package's optimizers exchange, worked out by the layouts that a run would have.
-
-    Args:
-        groups: the optimizer's, of parameters on any device, "meta" too; call it while their tensor-parallel group
-            exists, which says what is split.
-        ranks: data-parallel ones.
-        sharded: whether they hold slices.
-        rank: among them, whose slots of the tensor-parallel exchange are counted.
-    """
-    data = tensor = kept = 0
-    if optimizer.norm is None:
-        return Exchange(0, 0, 0)
-    layouts = [layout for group in groups for layout in _layouts(group["params"], optimizer, ranks, sharded, rank)]
-    for layout in layouts:
-        data += layout.exchange_size if sharded and ranks > 1 else 0
-        tensor += layout.tensor_exchange_size if tensor_ranks > 1 else 0
-        own = (fragment for fragment in (*layout.cut, *layout.whole) if fragment.matrix.scaled)
-        kept += sum(fragment.rows + fragment.matrix.cols + 1 if fragment.matrix.has_axes else 1 for fragment in own)
-    return Exchange(data, tensor, data + tensor + kept)
-
-
-def _layouts(
-    parameters: Sequence[Tensor], optimizer: Optimizer, ranks: int, sharded: bool, rank: int
-) -> list[ShardLayout]:
-    """One of a rank's slice of all parameters; unsharded, one of each parameter, frozen ones too."""
-    if sharded:
-        matrices, length = flat_matrices(parameters, settings=optimizer.settings)
-        return [ShardLayout.build(matrices, bounds=zero_bounds(length, ranks), rank=rank)]
-    return [
-        ShardLayout.build(logical_matrices(one, optimizer.settings), bounds=[0, one.numel()], rank=0)
-        for one in parameters
-    ]
 
 
 def transfers_of(
@@ -151,6 +91,9 @@ def transfers_of(
         norms = "all-reduce" if optimizer.norm.name == "max" else "all-gather"
         add("maxima", norms, "data", optimizer.slot_bytes * exchange.data_slots, 1)
         add("maxima", norms, "tensor", optimizer.slot_bytes * exchange.tensor_slots, 1)
+    if optimizer.momentum:
+        collective = "all-to-all" if optimizer.momentum == "pieces" else "all-reduce"
+        add("momentum", collective, "data", exchange.momentum_bytes, exchange.momentum_calls)
     for span, scalars in _scalars(wrapper, len(sizes.groups)).items():
         add("norms", "all-reduce", span, sum(scalars), len(scalars))
     # The trainer asks for signals in every micro-batch but the last, and after the step for these and two more flags.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from merit_ds.errors import InputError
-from merit_ds.training.deepspeed_config import model_dtype, section
+from merit_ds.training.deepspeed_config import model_dtype, optimizer_type, section
 
 Kind = Literal["none", "float32 copies", "BF16_Optimizer", "DeepSpeedZeroOptimizer"]
 
@@ -105,6 +105,8 @@ def wrapper_of(ds_config: dict[str, Any]) -> Wrapper:
     elif stage == 1 and dtype == torch.bfloat16 and accumulation == torch.float32:
         kind = "BF16_Optimizer"
     is_zero = kind == "DeepSpeedZeroOptimizer"
+    if is_zero and optimizer_type(ds_config) == "muon":
+        raise InputError("the plan knows Muon at stage 0, and in bf16 at stage 1 with data_types.grad_accum_dtype fp32")
     checked = {torch.float16: True, torch.bfloat16: section(ds_config, "bf16").get("check_grad_overflow", True)}
     return Wrapper(
         kind=kind,
