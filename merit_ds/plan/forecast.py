@@ -10,9 +10,10 @@ import torch
 
 from merit_ds.errors import InputError
 from merit_ds.plan.exchange import Exchange, exchange_of
-from merit_ds.plan.memory import Memory, Sizes, memory_of
+from merit_ds.plan.memory import Memory, memory_of
 from merit_ds.plan.optimizers import Optimizer, optimizer_groups, optimizer_of
 from merit_ds.plan.paper import MicroBatch, Span, paper_model, run_micro_batch
+from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.timing import Assumptions, Cluster, StepTime, step_time
 from merit_ds.plan.wire import Transfer, transfers_of
 from merit_ds.plan.wrapper import with_stage, wrapper_of
@@ -195,53 +196,32 @@ def estimate(
     """
     changed = ds_config | {"train_micro_batch_size_per_gpu": micro_batch}
     plan = plan_of(paper.config, changed, world=cluster.gpus)
-    model, wrapper, accumulation = paper.config.model, wrapper_of(changed), plan.batch.accumulation
-    tensor_ranks = model.tensor_parallel
-    ranks = cluster.gpus // tensor_ranks
-    exchange = paper.exchange(ranks=ranks, sharded=wrapper.shards)
+    model, batch, wrapper, sizes = paper.config.model, plan.batch, wrapper_of(changed), paper.sizes
+    spread = Spread(cluster.gpus // model.tensor_parallel, model.tensor_parallel, batch.accumulation)
+    exchange = paper.exchange(ranks=spread.ranks, sharded=wrapper.shards)
     passes = paper.micro_batch(micro_batch)
-    transfers = transfers_of(
+    transfers = transfers_of(wrapper, paper.optimizer, exchange, sizes, spread, passes)
+    memory = memory_of(
         wrapper,
-        paper.optimizer,
-        exchange,
-        paper.sizes,
-        ranks=ranks,
-        tensor_ranks=tensor_ranks,
-        accumulation=accumulation,
-        layers=passes,
+        sizes,
+        passes.spans,
+        spread,
+        moments=paper.moments,
+        scratch=exchange.kept_slots * paper.optimizer.slot_bytes,
     )
-    flops = paper.flops_per_sequence * plan.batch.global_batch
+    flops = paper.flops_per_sequence * batch.global_batch
     done = flops * (4 / 3 if model.activation_checkpointing else 1)  # the forward pass a second time
-    time = step_time(
-        cluster,
-        assumed,
-        flops=done / cluster.gpus,
-        tensor_ranks=tensor_ranks,
-        wrapper=wrapper,
-        optimizer=paper.optimizer,
-        sizes=paper.sizes,
-        ranks=ranks,
-        accumulation=accumulation,
-        transfers=transfers,
-    )
+    time = step_time(cluster, assumed, wrapper, paper.optimizer, sizes, spread, transfers, flops=done / cluster.gpus)
     return Estimate(
         stage=wrapper.stage,
         micro_batch=micro_batch,
-        accumulation=accumulation,
-        ranks=ranks,
-        memory=memory_of(
-            wrapper,
-            paper.sizes,
-            ranks=ranks,
-            accumulation=accumulation,
-            moments=paper.moments,
-            spans=passes.spans,
-            scratch=exchange.kept_slots * paper.optimizer.slot_bytes,
-        ),
+        accumulation=batch.accumulation,
+        ranks=spread.ranks,
+        memory=memory,
         transfers=transfers,
         time=time,
         mfu=flops / time.total / cluster.gpus / cluster.gpu.rate(wrapper.dtype),
-        tokens_per_second=plan.batch.global_batch * model.seq_length / time.total,
+        tokens_per_second=batch.global_batch * model.seq_length / time.total,
         days=plan.steps * time.total / _SECONDS_A_DAY,
     )
 

@@ -7,7 +7,6 @@ transients; activations are those of `merit_ds.plan.paper`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch
 from merit_ds.payload import zero_bounds
 from merit_ds.plan.buckets import engine_buckets, zero_buckets
 from merit_ds.plan.paper import Span
+from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.wrapper import Wrapper
 
 _MASTER = 4  # bytes: weights that the optimizer changes, its moments, and what it is given are float32
@@ -46,53 +46,6 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The parameters by their elements.
-
-    Attributes:
-        groups: of each optimizer group's parameters that are trained, in order.
-        frozen: of all others together.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    frozen: int = 0
-
-    @property
-    def trained(self) -> int:
-        return sum(map(sum, self.groups))
-
-    @property
-    def in_order(self) -> list[int]:
-        """All that are trained."""
-        return [size for group in self.groups for size in group]
-
-    def padded(self, ranks: int) -> int:
-        """Elements of ZeRO's flat buffers."""
-        return ranks * self.partition(ranks)
-
-    def partitions(self, ranks: int) -> list[int]:
-        """Elements of a rank's slice of each group."""
-        return [zero_bounds(sum(sizes), ranks)[1] for sizes in self.groups]
-
-    def partition(self, ranks: int) -> int:
-        """Of all of them."""
-        return sum(self.partitions(ranks))
-
-    def touched(self, ranks: int) -> int:
-        """Elements of all parameters of which a rank's slices hold a part, on the rank with the most.
-
-        ZeRO-2 keeps a parameter's gradient whole where a rank owns any of it.
-        """
-        by_rank = [0] * ranks
-        for sizes in self.groups:
-            partition = zero_bounds(sum(sizes), ranks)[1]
-            for size, stop in zip(sizes, accumulate(sizes), strict=True):
-                for rank in range((stop - size) // partition, (stop - 1) // partition + 1):
-                    by_rank[rank] += size
-        return max(by_rank)
-
-
 class _Moment(NamedTuple):
     name: str
     gradients: int
@@ -108,9 +61,8 @@ def memory_of(
     wrapper: Wrapper,
     sizes: Sizes,
     spans: Sequence[Span],
+    spread: Spread,
     *,
-    ranks: int,
-    accumulation: int,
     moments: Sequence[int],
     scratch: int,
 ) -> Memory:
@@ -118,15 +70,17 @@ def memory_of(
 
     Args:
         spans: of a micro-batch.
-        ranks: data-parallel ones, which hold slices.
-        accumulation: micro-batches of a step.
+        spread: of the batch.
         moments: of each group, float32 numbers that the optimizer keeps for each weight.
         scratch: bytes that the optimizer keeps beside its state.
     """
+    ranks = spread.ranks
     weights = sizes.padded(ranks) if wrapper.shards else sizes.trained
     stepped = sizes.partitions(ranks) if wrapper.shards else [sum(group) for group in sizes.groups]
     masters = 0 if wrapper.kind == "none" else 1
-    fullest = max(_MOMENTS[wrapper.kind](wrapper, sizes, spans, ranks, accumulation), key=lambda each: each.total)
+    fullest = max(
+        _MOMENTS[wrapper.kind](wrapper, sizes, spans, ranks, spread.accumulation), key=lambda each: each.total
+    )
     return Memory(
         parameters=wrapper.dtype.itemsize * (weights + sizes.frozen),
         gradients=fullest.gradients,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import log2
 
 from merit_ds.plan.gpus import Gpu
-from merit_ds.plan.memory import Sizes
 from merit_ds.plan.optimizers import Optimizer
+from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.wire import Span, Transfer
 from merit_ds.plan.wrapper import Wrapper
 
@@ -93,27 +93,24 @@ class StepTime:
 def step_time(
     cluster: Cluster,
     assumed: Assumptions,
-    *,
-    flops: float,
-    tensor_ranks: int,
     wrapper: Wrapper,
     optimizer: Optimizer,
     sizes: Sizes,
-    ranks: int,
-    accumulation: int,
+    spread: Spread,
     transfers: Sequence[Transfer],
+    *,
+    flops: float,
 ) -> StepTime:
     """Estimate a step.
 
     Args:
         flops: of one GPU's forward and backward passes of the step, those of recomputation included.
-        ranks: data-parallel ones.
     """
     memory = cluster.gpu.memory_bandwidth * assumed.memory
-    stepped = sizes.partition(ranks) if wrapper.shards else sizes.trained
+    stepped = sizes.partition(spread.ranks) if wrapper.shards else sizes.trained
     spent = dict.fromkeys(("layers", "gradients", "maxima", "momentum", "weights", "norms", "flags"), 0.0)
     for transfer in transfers:
-        bandwidth = ring_bandwidth(cluster, transfer.span, tensor_ranks=tensor_ranks) * assumed.links
+        bandwidth = ring_bandwidth(cluster, transfer.span, tensor_ranks=spread.tensor_ranks) * assumed.links
         # The flags of micro-batches travel behind work; those after the step do not.
         calls = 1 if transfer.what == "flags" else transfer.calls
         latency = calls * (assumed.call_seconds + assumed.hop_seconds * log2(transfer.ranks))
@@ -122,7 +119,7 @@ def step_time(
         compute=flops / (cluster.gpu.rate(wrapper.dtype) * assumed.compute),
         layers=spent["layers"],
         gradients=spent["gradients"],
-        passes=_passed_bytes(wrapper, sizes.trained, stepped, accumulation) / memory,
+        passes=_passed_bytes(wrapper, sizes.trained, stepped, spread.accumulation) / memory,
         optimizer=optimizer.moved_bytes * stepped / memory,
         maxima=spent["maxima"] + spent["momentum"],
         weights=spent["weights"],

@@ -12,9 +12,9 @@ from typing import Literal
 from merit_ds.payload import zero_bounds
 from merit_ds.plan.buckets import engine_buckets, zero_buckets
 from merit_ds.plan.exchange import Exchange
-from merit_ds.plan.memory import Sizes
 from merit_ds.plan.optimizers import Optimizer
 from merit_ds.plan.paper import MicroBatch
+from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.wrapper import Wrapper
 
 Span = Literal["data", "tensor", "all"]
@@ -61,18 +61,15 @@ def transfers_of(
     optimizer: Optimizer,
     exchange: Exchange,
     sizes: Sizes,
-    *,
-    ranks: int,
-    tensor_ranks: int,
-    accumulation: int,
+    spread: Spread,
     layers: MicroBatch,
 ) -> list[Transfer]:
     """All traffic of a step, without what has nobody to go to.
 
     Args:
-        ranks: data-parallel ones.
         layers: one micro-batch, with what tensor-parallel ranks send in it.
     """
+    ranks, tensor_ranks, accumulation = spread.ranks, spread.tensor_ranks, spread.accumulation
     sizes_of_spans: dict[Span, int] = {"data": ranks, "tensor": tensor_ranks, "all": ranks * tensor_ranks}
     found: list[Transfer] = []
 
