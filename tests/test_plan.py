@@ -61,6 +61,8 @@ def test_a_page_for_people(monkeypatch, capsys):
     assert "8,388,608 tokens a step, 1,907 steps, 16.00 B tokens" in page
     assert "an estimate" in page and "Assumed" in page and "warning" not in page
     assert max(map(len, page.splitlines())) <= 120
+    shown = (CONFIGS.parent / "docs" / "plan.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in page.splitlines() if ("    " + line).rstrip() not in shown] == [], "docs/plan.md shows it"
 
 
 def test_all_numbers_for_machines(monkeypatch, capsys, tmp_path):

@@ -24,9 +24,11 @@ from typing import Any
 
 from merit_ds.errors import InputError
 from merit_ds.plan.gpus import GPUS
+from merit_ds.plan.wrapper import wrapper_of
 from merit_ds.training.cli import report_errors
 from merit_ds.training.config import load_config
 from merit_ds.training.deepspeed_config import read_deepspeed_json
+from merit_ds.training.plan import plan_of
 
 
 def main() -> None:
@@ -40,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Raises: InputError: the recipe, or the recipe on these GPUs, is not valid."""
     config = load_config(arguments.recipe, overrides=arguments.set)
     ds_config = read_deepspeed_json(Path(config.run.deepspeed))
+    plan_of(config, ds_config, world=arguments.nodes * arguments.gpus_per_node)
+    wrapper_of(ds_config)
     # Megatron-core takes seconds to import: what can be refused without it has been refused.
     from merit_ds.plan import report
     from merit_ds.plan.curve import curve, draw

@@ -105,7 +105,8 @@ def ranks_hint(forecast: Forecast) -> str:
     batch, tensor = forecast.plan.batch, forecast.paper.config.model.tensor_parallel
     near = nearest_ranks(batch.global_batch, batch.micro_batch, ranks=forecast.recipe.ranks)
     others = " and ".join(str(count * tensor) for count in near)
-    return f"{forecast.cluster.gpus} GPUs are valid" + (f"; the nearest others are {others}" if others else "")
+    are = "others are" if len(near) > 1 else "other is"
+    return f"{forecast.cluster.gpus} GPUs are valid" + (f"; the nearest {are} {others}" if others else "")
 
 
 def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
@@ -129,7 +130,7 @@ def _memory(forecast: Forecast) -> list[str]:
     lines = [
         f"Memory of the fullest GPU at its fullest moment, GB ({_gb(forecast.usable_memory)} can be used); what a rank "
         "sends in a step, GB",
-        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}{'sent':>8}{'step':>8}"
+        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}{'sent':>8}{'step':>9}"
         "  largest micro-batch",
     ]
     for row in forecast.stages:
@@ -146,7 +147,7 @@ def _stage(row: Stage, forecast: Forecast) -> str:
     sent = sum(transfer.sent_bytes for transfer in row.estimate.transfers)
     accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
     largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
-    return f"{parts}{_gb(memory.total):>8}{_gb(sent):>8}{row.estimate.time.total:>6.2f} s  {largest}"
+    return f"{parts}{_gb(memory.total):>8}{_gb(sent):>8}{_seconds(row.estimate.time.total):>9}  {largest}"
 
 
 def _traffic(forecast: Forecast) -> list[str]:
@@ -236,4 +237,10 @@ def _bytes(size: float) -> str:
 def _duration(days: float) -> str:
     if days >= 2:
         return f"{days:.1f} days"
-    return f"{24 * days:.1f} hours" if days >= 2 / 24 else f"{24 * 60 * days:.0f} minutes"
+    if days >= 2 / 24:
+        return f"{24 * days:.1f} hours"
+    return f"{24 * 60 * days:.0f} minutes" if days >= 2 / 24 / 60 else f"{86400 * days:.1f} seconds"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

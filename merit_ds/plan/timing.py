@@ -29,7 +29,7 @@ class Assumptions:
     links: float = 0.80
     memory: float = 0.80
     usable_memory: float = 0.92
-    call_seconds: float = 20e-6
+    call_seconds: float = 10e-6
     hop_seconds: float = 5e-6
 
 
