@@ -44,6 +44,8 @@ CASES = [
     Case("zero2_lion", BF16 | optimizer("MeritLion"), TWO),
     Case("zero2_to_owner", BF16, TWO | {"use_multi_rank_bucket_allreduce": False}),
     Case("zero2_without_scatter", BF16, TWO | {"reduce_scatter": False}),
+    Case("zero2_overlap", BF16, TWO | {"overlap_comm": True}),
+    Case("zero1_overlap", {}, ONE | {"overlap_comm": True}),
     Case("zero2_one_micro_batch", BF16 | {"train_micro_batch_size_per_gpu": 8}, TWO),
     Case("zero2_adamw", BF16 | optimizer("AdamW", torch_adam=True), TWO),
     Case("recipe_muon", BF16 | SUMS | optimizer("Muon", torch_adam=True), ONE),
