@@ -6,6 +6,7 @@ Each check is a function of the job and the facts that yields what is wrong; CHE
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from merit_ds.errors import InputError
@@ -13,7 +14,8 @@ from merit_ds.preflight.facts import Facts
 from merit_ds.preflight.sizes import checkpoint_bytes, gigabytes
 from merit_ds.training.config import Config
 from merit_ds.training.cpu_comm import SHARED_BYTES
-from merit_ds.training.plan import make_plan
+from merit_ds.training.deepspeed_config import read_deepspeed_json
+from merit_ds.training.plan import plan_of
 
 CLOCK_SECONDS = 5.0
 """Clocks that differ by more are worth a warning: logs do not line up, and munge, Slurm's, refuses beyond minutes."""
@@ -74,7 +76,7 @@ def _differing(facts: dict[str, Facts], value: Callable[[Facts], Value]) -> Iter
 def check_batch(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
     """The recipe's batch and schedule fit this number of ranks."""
     try:
-        make_plan(job.config, world=sum(job.slots.values()))
+        plan_of(job.config, read_deepspeed_json(Path(job.config.run.deepspeed)), world=sum(job.slots.values()))
     except InputError as error:
         yield Finding("all", "batch", str(error))
 
