@@ -11,10 +11,11 @@ import deepspeed
 import deepspeed.comm
 import pytest
 import torch
+from deepspeed import git_version_info
 from ranks import run_ranks
 
 from merit_ds.errors import InputError
-from merit_ds.training.cpu_comm import check_stale_lock, prebuild, release_shared_memory
+from merit_ds.training.cpu_comm import check_stale_lock, prebuild, release_shared_memory, state
 
 BUILDER = """
 import sys, time
@@ -82,6 +83,16 @@ def test_prebuild_names_the_lock(lock: Path) -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(f"error: {lock}")
+
+
+def test_an_op_installed_with_deepspeed_is_not_built(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert state() == "not built"
+    lock.touch()
+    assert state() == f"locked {lock}"
+    monkeypatch.setitem(git_version_info.installed_ops, "deepspeed_shm_comm", True)
+    monkeypatch.setattr(git_version_info, "accelerator_name", "cpu")
+    assert state() == "ready"
+    check_stale_lock()
 
 
 def shared_memory_of_a_run(rank: int) -> tuple[list[str], list[str], float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed import git_version_info
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
@@ -32,6 +33,10 @@ def prebuild() -> None:
     builder = _builder()
     if builder is None:
         print(f"DeepSpeed's CPU communication op: not used with {get_accelerator().device_name()}")
+        return
+    if _is_installed(builder):
+        builder.load()
+        print("DeepSpeed's CPU communication op is ready: it was installed with DeepSpeed")
         return
     check_stale_lock()
     folder = _build_folder(builder)
@@ -54,6 +59,8 @@ def state() -> str:
     builder = _builder()
     if builder is None:
         return "not used"
+    if _is_installed(builder):
+        return "ready"
     folder = _build_folder(builder)
     lock = _unheld(folder / "lock")
     if lock is not None:
@@ -72,7 +79,7 @@ def check_stale_lock() -> None:
         InputError: names the file and the command that removes it.
     """
     builder = _builder()
-    if builder is None:
+    if builder is None or _is_installed(builder):
         return
     lock = _build_folder(builder) / "lock"
     advice = f"{lock}: left by a build that was killed; no process of this machine holds it: rm {lock}"
@@ -104,6 +111,12 @@ def release_shared_memory() -> None:
 def _builder() -> Any:
     """DeepSpeed's builder of the op; None with an accelerator that does without."""
     return get_accelerator().create_op_builder("ShareMemCommBuilder")
+
+
+def _is_installed(builder: Any) -> bool:
+    """Whether DeepSpeed was installed with the op in it (DS_BUILD_SHM_COMM=1): then it builds nothing."""
+    same_accelerator = git_version_info.accelerator_name == get_accelerator().device_name()
+    return same_accelerator and bool(git_version_info.installed_ops.get(builder.name))
 
 
 def _build_folder(builder: Any) -> Path:
