@@ -1,5 +1,6 @@
 #!/bin/sh
-# `sshd [OPTIONS]` waits for DeepSpeed's launcher on port 2222; any other command is run as it is.
+# `sshd [OPTIONS]` waits for DeepSpeed's launcher on SSHD_PORT (default 2222) of SSHD_ADDRESS (default all addresses); any
+# other command is run as it is.
 set -eu
 
 if [ "${1:-}" != sshd ]; then
@@ -24,4 +25,4 @@ env | grep -E '^[A-Za-z_][A-Za-z0-9_]*=' | grep -vE '^(HOME|USER|LOGNAME|SHELL|P
     > "$HOME/.ssh/environment"
 
 exec /usr/sbin/sshd -D -e -f /opt/merit/docker/sshd_config -h "$HOME/.ssh/host_key" \
-    -o "AuthorizedKeysFile=$keys" -o "ListenAddress=${SSHD_ADDRESS:-0.0.0.0}" "$@"
+    -o "AuthorizedKeysFile=$keys" -o "ListenAddress=${SSHD_ADDRESS:-0.0.0.0}" -p "${SSHD_PORT:-2222}" "$@"

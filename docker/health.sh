@@ -4,11 +4,11 @@
 set -eu
 
 if [ -e "$HOME/.ssh/host_key" ]; then
-    exec 3<> "/dev/tcp/${SSHD_ADDRESS:-127.0.0.1}/2222"
+    exec 3<> "/dev/tcp/${SSHD_ADDRESS:-127.0.0.1}/${SSHD_PORT:-2222}"
     read -r -t 5 banner <&3
     case $banner in
         SSH-2.0-*) ;;
-        *) echo "port 2222 answers, but not as sshd: $banner"; exit 1 ;;
+        *) echo "what answers there is not sshd: $banner"; exit 1 ;;
     esac
 fi
 

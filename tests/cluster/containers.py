@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the CPU image, and train the quickstart's recipe, shortened, in two of its containers on two hosts.
 
-    make test-docker          as root; needs buildah, podman, mmdebstrap, iproute2, and data/wiki (make train)
+    make test-docker      as root; needs buildah, podman, mmdebstrap, what tests/cluster/hosts.py needs, and data/wiki
 
-The hosts are network namespaces joined by a cable; the containers have their own files, processes and address. The
-two ranks are started in three ways: one DeepSpeed launcher in each container (--no_ssh), torchrun in each, and DeepSpeed's launcher
-over pdsh and the containers' sshd. Every loss, and every tensor of the last checkpoint, must be bit for bit that of two
-ranks on this machine without any container. What it needs on disk, some 4 GB, is removed at the end.
+Three ways: launch/nossh.sh and launch/torchrun.sh in a container on each host, and launch/multinode.sh in a third
+container, over pdsh to the sshd of the two. Every loss, and every tensor of the last checkpoint, must be bit for bit
+that of two ranks on this machine without any container. It needs some 4 GB of disk, which it gives back.
 """
 
 import argparse
@@ -15,22 +14,24 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from cluster.engine import REPOSITORY, Engine, call
+import yaml
+from engine import REPOSITORY, Engine, call
+from hosts import Hosts, missing
 from launch import assert_same_run, losses
+from ranks import free_port
 
 IMAGE = "localhost/merit-ds:cpu"
-ADDRESSES = ("10.78.0.1", "10.78.0.2")
-NODES = ("merit-node0", "merit-node1")
 USER_ID = 10001  # docker/Dockerfile's UID
 STEPS = 12
+WAYS = {"nossh": " in each", "torchrun": " in each", "multinode": " in a third over ssh"}
+CONTAINER_SSH_PORT = 2200  # the hosts have an sshd of their own on 2222
 PATIENCE_SECONDS = 300
 
 
@@ -51,14 +52,14 @@ def main() -> None:
         check_image(engine)
         runs = prepare_runs(folder)
         train_without_containers(runs)
-        stack.enter_context(two_hosts())
-        for name, start in {"no_ssh": start_no_ssh, "torchrun": start_torchrun}.items():
-            with step(f"two containers, {name}, {STEPS} steps"):
-                wait_for(start(engine, runs, f"runs/{name}"), log=runs / f"{name}.log")
+        hosts = stack.enter_context(Hosts(fresh(folder / "hosts"), 2))
+        shutil.copy(hosts.hostfile, runs)
+        give_away(runs)
+        for name, way in WAYS.items():
+            with step(f"two containers, launch/{name}.sh{way}, {STEPS} steps"):
+                train = train_by_pdsh if name == "multinode" else partial(train_without_ssh, name=name)
+                train(engine, hosts, runs)
                 compare(runs, name)
-        with step(f"two containers with sshd, a third that launches by pdsh, {STEPS} steps"):
-            train_by_pdsh(engine, runs)
-            compare(runs, "pdsh")
     print("all runs: the same losses, and the same final weights and optimizer state, bit for bit")
 
 
@@ -66,14 +67,13 @@ def what_is_missing() -> str | None:
     """What keeps this machine from running the test; None where nothing does."""
     if os.geteuid() != 0:
         return "root"
-    for program in ("buildah", "podman", "mmdebstrap", "ip", "unshare"):
+    for program in ("buildah", "podman", "mmdebstrap"):
         if shutil.which(program) is None:
             return program
     if not (REPOSITORY / "data/wiki.json").exists():
         return "data/wiki: make train, or python -m merit_ds.training.data wiki --output data/wiki --tokenizer byte"
-    if subprocess.run(["unshare", "-mn", "true"], capture_output=True).returncode:
-        return "a kernel that allows mount and network namespaces"
-    return None
+    lacking = missing()
+    return None if lacking is None else f"namespaces: {lacking}"
 
 
 @contextmanager
@@ -115,8 +115,8 @@ def check_image(engine: Engine) -> None:
         return subprocess.run(command, text=True, capture_output=True, env=engine.environment)
 
     assert inside("id -u").stdout.strip() == str(USER_ID)
-    keys = "find / -xdev -name 'ssh_host_*' -o -xdev -name 'id_*' -path '*ssh*'; grep -rlsE 'BEGIN .*PRIVATE KEY' /etc /home /opt/merit"
-    assert inside(keys).stdout == ""
+    assert inside("find / -xdev -path '*ssh*' -name '*_key' -o -xdev -path '*ssh/id_*'").stdout == ""
+    assert inside("grep -rlsE 'BEGIN .*PRIVATE KEY' /etc /home /opt/merit").stdout == ""
     assert inside("find / -xdev -type f -perm /6000").stdout == ""
     assert inside("command -v cc c++ gcc g++").returncode != 0
     assert inside("touch /opt/merit/pretrain_gpt.py && echo x >> /opt/merit/pretrain_gpt.py").returncode != 0
@@ -133,70 +133,43 @@ def check_image(engine: Engine) -> None:
 
 
 def prepare_runs(folder: Path) -> Path:
-    """What is mounted as /opt/merit/runs: the recipe's JSON for fewer steps, the hostfile, the keys; runs follow."""
-    runs = folder / "runs"
-    shutil.rmtree(runs, ignore_errors=True)
-    (runs / "keys").mkdir(parents=True)
-    recipe = json.loads((REPOSITORY / "configs/quickstart.json").read_text())
-    recipe["scheduler"]["params"] |= {"total_num_steps": STEPS, "warmup_num_steps": 2}
-    (runs / "short.json").write_text(json.dumps(recipe))
-    (runs / "hostfile").write_text("".join(f"{node} slots=1\n" for node in NODES))
+    """What is mounted as /opt/merit/runs: a recipe for each way, and the keys. The runs come to lie beside them."""
+    runs = fresh(folder / "runs")
+    (runs / "keys").mkdir()
+    recipe = yaml.safe_load((REPOSITORY / "configs/quickstart.yaml").read_text())
+    deepspeed = json.loads((REPOSITORY / "configs/quickstart.json").read_text())
+    tokens = STEPS * deepspeed["train_batch_size"] * recipe["model"]["seq_length"]
+    recipe["run"] |= {"train_tokens": tokens, "eval_interval": STEPS // 2, "log_interval": 1, "sample_tokens": 0}
+    deepspeed["scheduler"]["params"] |= {"total_num_steps": STEPS, "warmup_num_steps": 2}
+    (runs / "quickstart.json").write_text(json.dumps(deepspeed))
+    for name in ("local", *WAYS):
+        (runs / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     for key in ("launcher", "stranger"):
         call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", runs / "keys" / key)
-    for path in (runs, *runs.rglob("*")):
-        os.chown(path, USER_ID, USER_ID)
     return runs
-
-
-def trainer(save: str, deepspeed_config: str) -> list[str]:
-    """The quickstart, shortened: the arguments of pretrain_gpt.py, with it."""
-    tokens = STEPS * 32 * 256
-    changes = [f"--set=run.train_tokens={tokens}", "--set=run.eval_interval=6", "--set=run.log_interval=1"]
-    recipe = ["--config", "configs/quickstart.yaml", "--deepspeed_config", deepspeed_config]
-    return ["pretrain_gpt.py", *recipe, *changes, "--save", save, "--set=run.sample_tokens=0"]
 
 
 def train_without_containers(runs: Path) -> None:
     with step(f"the reference: two ranks on this machine, no container, {STEPS} steps"):
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        launcher = Path(sys.executable).with_name("deepspeed")
-        arguments = trainer(str(runs / "reference"), str(runs / "short.json"))
-        command = [str(launcher), "--num_gpus", "2", "--master_port", "29511", *arguments]
-        with (runs / "reference.log").open("w") as log:
+        saving = ["--save", str(runs / "local"), "--load", str(runs / "local")]
+        arguments = [str(runs / "local.yaml"), "--ranks", "2", "--master-port", str(free_port()), *saving]
+        with (runs / "local.log").open("w") as log:
+            command = [str(REPOSITORY / "launch/local.sh"), *arguments]
             process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
-        wait_for([process], log=runs / "reference.log")
+        wait_for([process], log=runs / "local.log")
 
 
-@contextmanager
-def two_hosts() -> Iterator[None]:
-    """Two network namespaces, with a cable from one's eth0 to the other's."""
-
-    def remove() -> None:
-        for node in NODES:
-            subprocess.run(["ip", "netns", "del", node], capture_output=True)
-
-    remove()
-    try:
-        for node in NODES:
-            call("ip", "netns", "add", node)
-        call(*f"ip link add eth0 netns {NODES[0]} type veth peer name eth0 netns {NODES[1]}".split())
-        for node, address in zip(NODES, ADDRESSES, strict=True):
-            call(*f"ip -n {node} addr add {address}/24 dev eth0".split())
-            for link in ("lo", "eth0"):
-                call(*f"ip -n {node} link set {link} up".split())
-        yield
-    finally:
-        remove()
-
-
-def container(engine: Engine, runs: Path, node: int, *command: str, options: tuple[str, ...] = ()) -> list[str]:
+def container(
+    engine: Engine, hosts: Hosts, runs: Path, host: int, *command: str, options: tuple[str, ...] = ()
+) -> list[str]:
     """The command that runs one on a host, with data and runs as its volumes."""
     mounts = ["--volume", f"{REPOSITORY / 'data'}:/opt/merit/data:ro", "--volume", f"{runs}:/opt/merit/runs"]
     settings = ["--env", "GLOO_SOCKET_IFNAME=eth0", "--env", "OMP_NUM_THREADS=1"]
-    place = ["--network", f"ns:/run/netns/{NODES[node]}", "--hostname", NODES[node]]
-    # As a cluster's DNS or a Docker network would: torchrun looks its own host's name up.
-    place += [f"--add-host={name}:{address}" for name, address in zip(NODES, ADDRESSES, strict=True)]
-    return engine.run(*place, *mounts, *settings, *options, IMAGE, *command)
+    place = ["--network", f"ns:{hosts.namespace(host)}", "--hostname", hosts.names[host]]
+    # As a cluster's DNS would: torchrun looks its own host's name up.
+    names = [f"--add-host={name}:{address}" for name, address in zip(hosts.names, hosts.addresses, strict=True)]
+    return engine.run(*place, *names, *mounts, *settings, *options, IMAGE, *command)
 
 
 def start(command: list[str], engine: Engine, log: Path) -> subprocess.Popen:
@@ -204,53 +177,40 @@ def start(command: list[str], engine: Engine, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=engine.environment, stdout=output, stderr=output)
 
 
-def start_no_ssh(engine: Engine, runs: Path, save: str) -> list[subprocess.Popen]:
-    """The same command in each container, which differs in its rank alone."""
-    launcher = ["deepspeed", "--hostfile", "runs/hostfile", "--no_ssh", "--master_addr", NODES[0]]
-    return [
-        start(
-            container(engine, runs, node, *launcher, "--node_rank", str(node), *trainer(save, "runs/short.json")),
-            engine,
-            runs / "no_ssh.log",
-        )
-        for node in range(2)
-    ]
+def train_without_ssh(engine: Engine, hosts: Hosts, runs: Path, name: str) -> None:
+    """launch/`name`.sh in a container on each host at once."""
+    arguments = [f"runs/{name}.yaml", "--nodes", "2", "--master-addr", hosts.names[0], "--ranks-per-node", "1"]
+    log = runs / f"{name}.log"
+    started = []
+    for host in range(2):
+        rank = ["--node-rank", str(host)] if name == "nossh" else []  # torchrun numbers the hosts itself
+        command = container(engine, hosts, runs, host, f"launch/{name}.sh", *arguments, *rank)
+        started.append(start(command, engine, log))
+    wait_for(started, log=log)
 
 
-def start_torchrun(engine: Engine, runs: Path, save: str) -> list[subprocess.Popen]:
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{NODES[0]}:29400", "--rdzv-id", "quickstart"]
-    launcher = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
-    return [
-        start(
-            container(engine, runs, node, *launcher, *trainer(save, "runs/short.json")), engine, runs / "torchrun.log"
-        )
-        for node in range(2)
-    ]
-
-
-def train_by_pdsh(engine: Engine, runs: Path) -> None:
+def train_by_pdsh(engine: Engine, hosts: Hosts, runs: Path) -> None:
     """sshd in a container on each host, and a launcher that holds the private key; a stranger's key is refused."""
-    public = ("--volume", f"{runs / 'keys/launcher.pub'}:/run/secrets/authorized_keys:ro")
-    log = runs / "pdsh.log"
-    servers = [start(container(engine, runs, node, "sshd", options=public), engine, log) for node in range(2)]
+    port = ("--env", f"SSHD_PORT={CONTAINER_SSH_PORT}")
+    public = ("--volume", f"{runs / 'keys/launcher.pub'}:/run/secrets/authorized_keys:ro", *port)
+    log = runs / "multinode.log"
+    servers = [start(container(engine, hosts, runs, host, "sshd", options=public), engine, log) for host in range(2)]
+
+    def launcher(key: str, *command: str) -> list[str]:
+        private = ("--volume", f"{runs / 'keys' / key}:/run/secrets/ssh_key:ro")
+        return container(engine, hosts, runs, 0, *command, options=private)
+
+    def knock(key: str) -> subprocess.CompletedProcess:
+        command = ["ssh", "-p", str(CONTAINER_SSH_PORT), "-o", "BatchMode=yes", hosts.names[1], "docker/health.sh"]
+        return subprocess.run(launcher(key, *command), env=engine.environment, capture_output=True, text=True)
+
     try:
         wait_for_sshd(log, servers)
-
-        def from_first(key: str, *command: str) -> list[str]:
-            private = ("--volume", f"{runs / 'keys' / key}:/run/secrets/ssh_key:ro")
-            return container(engine, runs, 0, *command, options=private)
-
-        knock = ["ssh", "-o", "BatchMode=yes", NODES[1], "true"]
-        assert (
-            subprocess.run(from_first("launcher", *knock), env=engine.environment, capture_output=True).returncode == 0
-        )
-        stranger = subprocess.run(
-            from_first("stranger", *knock), env=engine.environment, capture_output=True, text=True
-        )
+        known, stranger = knock("launcher"), knock("stranger")
+        assert known.returncode == 0, known.stderr
         assert stranger.returncode == 255 and "Permission denied" in stranger.stderr
-        launcher = ["deepspeed", "--hostfile", "runs/hostfile", "--master_addr", NODES[0]]
-        command = from_first("launcher", *launcher, *trainer("runs/pdsh", "runs/short.json"))
-        wait_for([start(command, engine, log)], log=log)
+        arguments = ["runs/multinode.yaml", "--hostfile", "runs/hostfile", "--ssh-port", str(CONTAINER_SSH_PORT)]
+        wait_for([start(launcher("launcher", "launch/multinode.sh", *arguments), engine, log)], log=log)
     finally:
         for server in servers:
             server.terminate()
@@ -284,9 +244,22 @@ def wait_for(processes: list[subprocess.Popen], *, log: Path) -> None:
                 process.wait()
 
 
+def fresh(folder: Path) -> Path:
+    """An empty one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def give_away(folder: Path) -> None:
+    """To the image's user: in a volume, files belong to whom they belong to outside."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, USER_ID, USER_ID)
+
+
 def compare(runs: Path, name: str) -> None:
     assert len(losses(runs / name)) == STEPS
-    assert_same_run(runs / name, runs / "reference")
+    assert_same_run(runs / name, runs / "local")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
