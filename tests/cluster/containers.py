@@ -201,7 +201,7 @@ def train_by_pdsh(engine: Engine, hosts: Hosts, runs: Path) -> None:
         return container(engine, hosts, runs, 0, *command, options=private)
 
     def knock(key: str) -> subprocess.CompletedProcess:
-        command = ["ssh", "-p", str(CONTAINER_SSH_PORT), "-o", "BatchMode=yes", hosts.names[1], "docker/health.sh"]
+        command = ["ssh", "-p", str(CONTAINER_SSH_PORT), "-o", "BatchMode=yes", hosts.names[1], "/opt/merit/docker/health.sh"]
         return subprocess.run(launcher(key, *command), env=engine.environment, capture_output=True, text=True)
 
     try:
