@@ -29,7 +29,7 @@ VARIABLES = {
 }
 """What each rank needs; over ssh only `.deepspeed_env` carries it."""
 # A dead host's ssh would otherwise never end, and pdsh waits for it.
-SSH_ALIVE = "-o ServerAliveInterval=2 -o ServerAliveCountMax=3"
+SSH_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 ENVIRONMENT = os.environ | VARIABLES | {"PDSH_SSH_ARGS_APPEND": SSH_ALIVE}
 """Of what is started on a host by hand."""
 

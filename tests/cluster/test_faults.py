@@ -115,11 +115,10 @@ def test_a_rank_that_never_starts(hosts, folder, reference):
     place = ["--hostfile", str(hosts.hostfile), "--num_nodes", "2", "--no_ssh", "--node_rank", "0"]
     master = ["--master_addr", hosts.addresses[0], "--master_port", "29511"]
     script = [str(launch.REPOSITORY / "pretrain_gpt.py"), "--config", "recipe.yaml"]
-    start = time.monotonic()
     process = hosts.start(0, "deepspeed", *place, *master, *script, cwd=folder, env=job.ENVIRONMENT)
-    output = job.finish(process)
+    output = job.finish(process, within=120)
+    assert process.returncode != 0
     assert job.errors(output) == [f"rank 1 of 2 did not start within {TIMEOUT - 6:g} s; every rank ends now"], output
-    assert process.returncode != 0 and time.monotonic() - start < TIMEOUT + 2 * SLACK
 
 
 def test_a_full_disk_ends_the_job_and_spares_what_was_saved(hosts, folder, reference, disk):
