@@ -18,6 +18,7 @@ from merit_ds.training.config import Config, load_config
 from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.plan import make_plan
 from merit_ds.training.trainer import Trainer
+from merit_ds.training.watch import Watch
 
 BATCH = 24
 BUCKET = 20_000
@@ -101,7 +102,7 @@ def measure(config: Config) -> Measured:
         setup.start_distributed(plan)
         data = setup.open_data(plan)
         engine = setup.wrap(plan, setup.build(plan, data))
-        trainer = Trainer(engine, plan, data)
+        trainer = Trainer(engine, plan, data, Watch(plan))
         with Interrupt() as interrupt:
             trainer.train_step(interrupt)
             ledgers = [count_step(trainer, interrupt, before) for _ in range(2)]
