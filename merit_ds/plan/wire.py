@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank hands to collectives in one training step: DeepSpeed's, the optimizer's and the trainer's.
 
-Counted against the collectives of real steps by `tests/test_plan_engine.py` and `tests/test_plan_trainer.py`.
-Evaluation, checkpoints and what telemetry samples come on top.
+Held against the collectives of the trainer's real steps by `tests/test_plan_run.py`. Evaluation, checkpoints and what
+telemetry samples come on top.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DeepSpeed 0.19 makes of a JSON: the wrapper around the optimizer, its buffers' dtypes and sizes.
 
-Read from DeepSpeed's sources and held against its engines by `tests/test_plan_engine.py`. A key that changes memory or
+Read from DeepSpeed's sources and held against its engines by `tests/test_plan_run.py`. A key that changes memory or
 traffic in a way that is not known here is refused.
 """
 
