@@ -122,6 +122,7 @@ def test_two_hosts_like_this_one_are_well(config: Config, here: Facts) -> None:
         ({"machine__own_address": None}, "network", "its own name has no address"),
         ({"machine__chosen": {"GLOO_SOCKET_IFNAME": "eth"}, "machine__interfaces": ["lo", "eth0"]}, "network", "eth0"),
         ({"machine__chosen": {"NCCL_SOCKET_IFNAME": "=ib"}, "machine__interfaces": ["lo", "ib0"]}, "network", "ib0"),
+        ({"machine__chosen": {"NCCL_SOCKET_IFNAME": "^eth"}, "machine__interfaces": ["eth0"]}, "network", "eth0"),
         ({"machine__comm_op": "locked /x/lock"}, "build", "rm /x/lock"),
         ({"machine__comm_op": "busy /x/lock"}, "build", "another host is building"),
         ({"machine__comm_op": "not built"}, "build", "python -m merit_ds.training.cpu_comm"),
@@ -141,7 +142,7 @@ def test_what_is_wrong_is_said_of_the_host(
         {"save__free_bytes": 10**6, "save__checkpoints": 2},  # room for the one that is being written
         {"met": Met(clock_seconds=4.0)},
         {"machine__own_address": "127.0.1.1", "machine__chosen": {"GLOO_SOCKET_IFNAME": "lo"}},
-        {"machine__chosen": {"NCCL_SOCKET_IFNAME": "^docker,lo"}, "machine__interfaces": ["lo", "eth0"]},
+        {"machine__chosen": {"NCCL_SOCKET_IFNAME": "^docker,lo"}, "machine__interfaces": ["eth0"]},
         {"machine__chosen": {"NCCL_SOCKET_IFNAME": "eth"}, "machine__interfaces": ["lo", "eth0"]},
         {"machine__comm_op": "not used"},
     ],
