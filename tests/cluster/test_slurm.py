@@ -61,7 +61,7 @@ def test_queued_again_and_continued(cluster: slurm.Slurm, hosts: Hosts, submitte
     assert cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED"
     log = (folder / "disturbed.log").read_text()
     assert "SIGUSR1: stopped after step" in log and "SIGTERM: stopped after step" in log
-    assert "ended with status 137; queued again, restart 3 of 10" in log
+    assert "ended with status 137; queued again, restart 1 of 10" in log
     assert log.count("continuing from step") == 3 and log.count("2 hosts, 15 checks: all well") == 4
 
     number = submit(cluster, folder, "undisturbed")
