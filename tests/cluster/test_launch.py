@@ -97,3 +97,21 @@ def test_what_is_wrong_is_in_a_table(hosts: Hosts, folder: Path, here: Path) -> 
     assert rows[3][2].startswith("ssh: ") and "h7" in rows[3][2]
     assert finished.returncode == 1 and finished.stdout.endswith("preflight: 4 of these would stop the run\n")
     assert list(unshared.iterdir()) == [] and not hosts.processes(1, "deepspeed.launcher")
+
+
+def test_torchrun_restarts_what_a_killed_rank_has_ended(hosts: Hosts, folder: Path) -> None:
+    """By itself, from the newest checkpoint, to the end of the run that nobody disturbed."""
+    job.write_recipe(folder, steps=24, batch=4, micro_batch=2, save_interval=4, timeout=60)
+    finished = on(hosts, folder, "local.sh", "--ranks", "2", save="calm")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    argv = command("torchrun.sh", "--nodes", "2", "--ranks-per-node", "1", "--master-addr", "h0", save="killed")
+    nodes = [hosts.start(host, *argv, cwd=folder, env=VARIABLES) for host in (0, 1)]
+    job.wait_for_step(nodes[0], folder / "killed", 6)
+    victim = next(p for p in hosts.processes(1, "pretrain_gpt.py") if "LOCAL_RANK" in p.environ())
+    victim.kill()
+    outputs = [job.finish(process, within=400) for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], "\n".join(outputs)
+    named = [line for output in outputs for line in job.errors(output)]
+    assert named and all(" on h1 was killed or crashed while " in line for line in named), named
+    assert "continuing from step " in "".join(outputs)
+    assert_same_run(folder / "killed", folder / "calm")
