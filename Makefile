@@ -2,6 +2,7 @@
 # make test    everything that is checked before a change lands
 # make test-full   that, and the tests marked full, with every cell of docs/sharding.md, which it writes anew
 # make test-cluster  several hosts, made of namespaces by root: the launcher over ssh, and what may break
+# make test-docker   as root: builds the CPU image and trains in its containers on two hosts (docs/containers.md)
 # make soak    50 kills of a job on two hosts at random moments, half an hour
 # make test-gpu    where there is a GPU: the CUDA kernels against the formula, and how near they are to the memory's limit
 # RANKS=1 make train, PYTHON=python3.12 make test, ... change the defaults below.
@@ -19,7 +20,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: train test test-full test-cluster soak test-gpu lint clean
+.PHONY: train test test-full test-cluster test-docker soak test-gpu lint clean
 
 train: $(VENV)/ready data/wiki.json
 	deepspeed --num_gpus $(RANKS) pretrain_gpt.py --config configs/quickstart.yaml --load runs/quickstart
@@ -37,6 +38,9 @@ test-full: $(VENV)/ready lint
 
 test-cluster: $(VENV)/ready
 	python -m pytest -m cluster tests/cluster
+
+test-docker: $(VENV)/ready data/wiki.json
+	PYTHONPATH=tests python tests/cluster/containers.py
 
 soak: $(VENV)/ready
 	python tests/cluster/soak.py --kills 50

@@ -42,6 +42,9 @@ need torchrun
 python -m merit_ds.preflight "$recipe" --nodes "${nodes##*:}" --slots "$ranks" \
     --save "$folder" --load "$folder" "$@"
 
+# Each attempt gets a store of its own: in the rendezvous' own the ranks would find the addresses of the attempt before,
+# and gloo fails where it connects to them (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$restarts" --rdzv-backend c10d \
     --rdzv-endpoint "$address:$port" --rdzv-id "$(basename "$folder")" "$root/pretrain_gpt.py" --config "$recipe" \
     --save "$folder" --load "$folder" "$@"

@@ -168,7 +168,6 @@ def _open_store(plan: Plan) -> Store:
     except (OSError, DistError, RuntimeError) as error:
         what = "rank 0 cannot listen there" if serves else f"rank {plan.rank} cannot reach rank 0 there"
         raise InputError(f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}: {str(error).splitlines()[0]}") from None
-    # No number of the attempt in it: torchrun's agents count differently, as only one sees its own rank fail.
     return PrefixStore("merit_ds", store)
 
 

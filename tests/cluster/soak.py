@@ -22,8 +22,8 @@ import job
 import launch
 from hosts import Hosts
 
-STEPS_PER_KILL = 8
-"""On average between two kills; checkpoints are two steps apart."""
+STEPS_PER_KILL = 14
+"""On average between two kills, a little more than they come to; checkpoints are two steps apart."""
 VICTIMS = {"rank 0": ([0], "--local_rank=0"), "rank 1": ([1], "--local_rank=0")}
 VICTIMS |= {"all of h0": ([0], "python"), "all of h1": ([1], "python"), "all of both hosts": ([0, 1], "python")}
 """What is killed: on these hosts, every process whose command line has this in it."""
@@ -38,7 +38,7 @@ def soak(hosts: Hosts, folder: Path, *, kills: int, seed: int, say: Callable[[st
         AssertionError: a start did not continue where it should, or the run ended otherwise than the undisturbed one.
     """
     chance = random.Random(seed)
-    steps = kills * STEPS_PER_KILL + STEPS_PER_KILL
+    steps = (kills + 1) * STEPS_PER_KILL
     job.write_recipe(folder, steps=steps, batch=4, micro_batch=2, timeout=60, save_interval=2)
     process = job.start(hosts, folder, "--save", "reference", ranks=2)
     output = job.finish(process)
@@ -56,7 +56,7 @@ def soak(hosts: Hosts, folder: Path, *, kills: int, seed: int, say: Callable[[st
 def one_kill(hosts: Hosts, folder: Path, chance: random.Random, *, begin: int, end: int) -> str:
     """Start, kill at a moment of chance's choice, and wait until all have ended; a line that says what happened."""
     victim, save = chance.choice(list(VICTIMS)), folder / "soak"
-    target, early, pause = begin + chance.randint(1, 2 * STEPS_PER_KILL - 1), chance.random(), chance.random()
+    target, early, pause = begin + chance.randint(1, STEPS_PER_KILL), chance.random(), chance.random()
     start = time.time()
     process = job.start(hosts, folder, "--save", "soak", "--load", "soak", ranks=2)
     if early < START_SHARE:
