@@ -60,7 +60,7 @@ def main() -> None:
                 train = train_by_pdsh if name == "multinode" else partial(train_without_ssh, name=name)
                 train(engine, hosts, runs)
                 compare(runs, name)
-    print("all runs: the same losses, and the same final weights and optimizer state, bit for bit")
+    print("all runs: the same losses, and the same final weights and optimizer state, bit for bit", flush=True)
 
 
 def what_is_missing() -> str | None:
