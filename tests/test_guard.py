@@ -12,8 +12,8 @@ import launch
 import psutil
 import pytest
 
-from merit_ds.training import guard
-from merit_ds.training.guard import GRACE_SECONDS, LEAVE_SECONDS, SETTLE_SECONDS, SLOW, Judge
+from merit_ds.training.guard.judge import GRACE_SECONDS, LEAVE_SECONDS, SETTLE_SECONDS, SLOW, Judge
+from merit_ds.training.watch import GUARD
 
 TIMEOUT = 20.0
 
@@ -149,8 +149,8 @@ run: {deepspeed: recipe.json, train_tokens: 1280000, eval_interval: 99999, eval_
     return path
 
 
-def disturb(folder, save, act):
-    """Start two ranks and `act` on their processes after step 3; the seconds until all had ended, and the output."""
+def start(folder, save):
+    """Two ranks under the launcher, after step 3."""
     process = subprocess.Popen(
         launch.command("--save", save, "--set", "run.timeout=20"),
         cwd=folder,
@@ -159,15 +159,25 @@ def disturb(folder, save, act):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    wait_for_step(process, folder / save, 3)
+    return process
+
+
+def wait_for_step(process, save, step):
     deadline = time.monotonic() + 200
-    while max(launch.losses(folder / save), default=0) < 3:
+    while max(launch.losses(save), default=0) < step:
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+
+
+def disturb(folder, save, act):
+    """`act` on the processes of two ranks; the seconds until all had ended, and the output."""
+    process = start(folder, save)
     family = psutil.Process(process.pid).children(recursive=True)
     act([next(p for p in family[::-1] if f"--local_rank={rank}" in p.cmdline()) for rank in (0, 1)])
-    start = time.monotonic()
+    begin = time.monotonic()
     output = process.communicate(timeout=120)[0]
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - begin
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, output
     return seconds, output
@@ -186,6 +196,23 @@ def test_a_stopped_rank_ends_the_job_within_the_timeout(folder):
     assert f"error: rank 1 on {socket.gethostname()} has been " in output and "(its process is stopped)" in output
     # To the end of the last rank; the launcher looks once a second, and this machine may be busy.
     assert seconds < 20 + GRACE_SECONDS + 5, output
+
+
+def test_a_job_that_is_paused_as_a_whole_goes_on(folder):
+    """Ctrl-Z and fg: every process stands still for longer than the others may be silent."""
+    process = start(folder, "paused")
+    family = psutil.Process(process.pid).children(recursive=True)
+    for member in family:
+        member.suspend()
+    time.sleep(17)
+    reached = max(launch.losses(folder / "paused"))
+    for member in family:
+        member.resume()
+    wait_for_step(process, folder / "paused", reached + 50)
+    for member in family:
+        member.kill()
+    output = process.communicate(timeout=60)[0]
+    assert "error: " not in output, output
 
 
 @pytest.mark.parametrize(
@@ -211,7 +238,7 @@ def test_strangers_are_not_listened_to():
     settings = {"rank": 0, "local_rank": 0, "world": 1, "host": "here", "pid": os.getpid(), "beat": 0.2, "limit": 60.0}
     settings |= {"address": "127.0.0.1", "listen": "127.0.0.1", "token": "secret"}
     process = subprocess.Popen(
-        [sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-I", GUARD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()

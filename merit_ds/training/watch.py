@@ -21,9 +21,10 @@ from types import TracebackType
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from merit_ds.errors import InputError
-from merit_ds.training import guard
+from merit_ds.training.guard import judge
 from merit_ds.training.plan import Plan
 
+GUARD = Path(judge.__file__).parent
 BEAT_SECONDS = 5.0
 """Between two beats at most, a twentieth of a shorter time-out."""
 REASON_LENGTH = 500
@@ -66,14 +67,14 @@ class Watch:
         # Its guard closes the pipe when the verdict is out, so that this comes before a traceback; rank 0's when all
         # ranks have left, since the others' connections, and perhaps a container, end with it.
         assert self._guard.stdout is not None
-        select.select([self._guard.stdout], [], [], guard.LEAVE_SECONDS + 2 * guard.SETTLE_SECONDS)
+        select.select([self._guard.stdout], [], [], judge.LEAVE_SECONDS + 2 * judge.SETTLE_SECONDS)
 
     def at(self, doing: str, *, slow: bool = False) -> None:
         """Say what this rank does from now on. Every rank says the same things in the same order.
 
         Args:
             doing: as in "rank 1 was killed while ...", for instance "in the forward pass of step 3".
-            slow: it may take `guard.SLOW` times longer than `run.timeout`.
+            slow: it may take `judge.SLOW` times longer than `run.timeout`.
         """
         self._marks += 1
         self._tell({"marks": self._marks, "doing": doing, "slow": slow})
@@ -87,7 +88,7 @@ class Watch:
 
 def slow_timeout(plan: Plan) -> timedelta:
     """The longest that a collective outside the training steps may take, and torch's own time-out for it."""
-    return timedelta(seconds=guard.SLOW * plan.config.run.timeout)
+    return timedelta(seconds=judge.SLOW * plan.config.run.timeout)
 
 
 def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
@@ -110,7 +111,7 @@ def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
 
 def _limit(timeout: float, beat: float) -> float:
     """Seconds of silence for a verdict: with what comes after it, every rank has ended within `timeout`."""
-    return timeout - 2 * beat - guard.SETTLE_SECONDS - guard.GRACE_SECONDS
+    return timeout - 2 * beat - judge.SETTLE_SECONDS - judge.GRACE_SECONDS
 
 
 def _own_address(plan: Plan) -> str | None:
@@ -172,9 +173,7 @@ def _open_store(plan: Plan) -> Store:
 
 
 def _spawn(settings: dict[str, object]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-I", str(Path(guard.__file__))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-I", str(GUARD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()

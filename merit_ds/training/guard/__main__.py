@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process beside each rank that ends it when the job is lost. Run as a script; it needs no package but Python's.
+"""The process beside each rank that ends it when the job is lost. It needs no package but Python's.
+
+    python -I merit_ds/training/guard
 
 A rank that waits in a collective for one that is dead, stopped or cut off waits for half an hour, in C++, and cannot
 look around. Its guard can: it holds a connection to rank 0's guard, which hears of every rank what it does, and
@@ -19,126 +21,32 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SETTLE_SECONDS = 1.0
-"""From the first bad news to the verdict: a killed rank is the cause of its neighbours' broken connections."""
-GRACE_SECONDS = 3.0
-"""From the verdict to the kill: a rank that is about to end prints why, or writes its last."""
-LEAVE_SECONDS = 10.0
-"""In which all ranks end after one that reported an error, before its guard takes them for stuck."""
-SLOW = 6
-"""How many times longer starting, loading and saving may take than a part of a step."""
-DIED, LOST, FAILED = range(3)
-"""Bad news, the likelier cause first."""
+if TYPE_CHECKING:
+    from merit_ds.training.guard.judge import GRACE_SECONDS, Judge
+else:  # a folder that is run has its files as top-level modules; the package itself would bring in torch
+    from judge import GRACE_SECONDS, Judge
+
+PAUSE_SECONDS = 5.0
+"""A longer gap between two looks at the clock is a pause of this process: Ctrl-Z, a frozen container."""
 
 
-@dataclass
-class Rank:
-    """What the judge knows of one rank."""
+class Clock:
+    """Counts the seconds in which this process runs: who is paused with it has not been silent meanwhile.
 
-    host: str = ""
-    heard: float = 0.0
-    """When its guard was last heard of."""
-    marks: int = 0
-    """How many things it has begun: the same number at the same place of the program on every rank."""
-    doing: str = ""
-    slow: bool = False
-    moved: float = 0.0
-    """When it began that."""
-    state: str = ""
-    """Of its process, as /proc has it: T stopped, D waiting for a disk."""
-    left: bool = False
-
-
-@dataclass
-class Judge:
-    """Hears of all ranks, and says when the job is lost and by whom. Times are seconds of one clock.
-
-    Args:
-        world: number of ranks.
-        timeout: seconds of silence, or without progress, after which the job is lost.
-        now: when the job began.
+    To be read every second.
     """
 
-    world: int
-    timeout: float
-    now: float
-    ranks: dict[int, Rank] = field(default_factory=dict)
-    news: list[tuple[int, float, float, str]] = field(default_factory=list)
-    """(kind, when it came, when it counts, the line)."""
+    def __init__(self) -> None:
+        self._read = time.monotonic()
+        self._seconds = 0.0
 
-    def arrived(self, rank: int, host: str, now: float) -> None:
-        self.ranks[rank] = Rank(host=host, heard=now, moved=now)
-
-    def heard(self, rank: int, message: dict[str, Any], now: float) -> None:
-        """A guard's message: a beat, or that its rank left or died."""
-        known = self.ranks[rank]
-        known.heard = now
-        if message["marks"] != known.marks:
-            known.marks, known.moved = message["marks"], now
-        known.doing, known.slow, known.state = message["doing"], message["slow"], message["state"]
-        if message["event"] == "left":
-            known.left = True
-            if message["reason"] is not None:
-                line = f"{self._name(rank)} stopped while {known.doing}: {message['reason']}"
-                self.news.append((FAILED, now, now + LEAVE_SECONDS, line))
-        elif message["event"] == "died":
-            known.left = True
-            line = f"{self._name(rank)} was killed or crashed while {known.doing}"
-            self.news.append((DIED, now, now + SETTLE_SECONDS, line))
-
-    def disconnected(self, rank: int, now: float) -> None:
-        known = self.ranks[rank]
-        if not known.left:
-            known.left = True
-            line = f"{self._name(rank)} is gone, last seen {known.doing}: its host or all of its processes went down"
-            self.news.append((LOST, now, now + SETTLE_SECONDS, line))
-
-    def all_left(self) -> bool:
-        """Whether every rank has ended of itself."""
-        return all(known.left for known in self.ranks.values()) and all(kind == FAILED for kind, *_ in self.news)
-
-    def verdict(self, now: float) -> str | None:
-        """Why the job is lost, in one line; None while it is not."""
-        if any(counts <= now for _, _, counts, _ in self.news):
-            return min(self.news)[3]
-        absent = [rank for rank in range(self.world) if rank not in self.ranks]
-        if absent and now - self.now > self.timeout:
-            return f"{_ranks(absent)} of {self.world} did not start within {self.timeout:g} s"
-        active = {rank: known for rank, known in self.ranks.items() if not known.left}
-        silent = [rank for rank, known in active.items() if now - known.heard > self.timeout]
-        if silent:
-            known = self.ranks[silent[0]]
-            others = f" ({len(silent)} ranks are silent)" if len(silent) > 1 else ""
-            return (
-                f"{self._name(silent[0])} has not been heard of for {now - known.heard:.0f} s, last seen "
-                f"{known.doing}: its host is down or its link is cut{others}"
-            )
-        return None if absent or not active else self._stuck(active, now)
-
-    def _stuck(self, active: dict[int, Rank], now: float) -> str | None:
-        still = now - max(known.moved for known in active.values())
-        if still <= self.timeout * (SLOW if any(known.slow for known in active.values()) else 1):
-            return None
-        halted = [rank for rank, known in active.items() if known.state in ("T", "D")]
-        least = min(known.marks for known in active.values())
-        behind = halted or [rank for rank, known in active.items() if known.marks == least]
-        known = self.ranks[behind[0]]
-        if len(behind) == len(active):
-            return f"no rank has come further for {still:.0f} s: all are {known.doing}"
-        state = {"T": " (its process is stopped)", "D": " (its process waits for a disk)"}.get(known.state, "")
-        return f"{self._name(behind[0])} has been {known.doing} for {now - known.moved:.0f} s{state}: the others wait"
-
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} on {self.ranks[rank].host}"
-
-
-def _ranks(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown} ({len(numbers)})"
+    def now(self) -> float:
+        before, self._read = self._read, time.monotonic()
+        self._seconds += min(self._read - before, PAUSE_SECONDS)
+        return self._seconds
 
 
 class Court:
@@ -147,7 +55,8 @@ class Court:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._token: str = settings["token"]
         self._beat: float = settings["beat"]
-        self._judge = Judge(world=settings["world"], timeout=settings["limit"], now=time.monotonic())
+        self._clock = Clock()
+        self._judge = Judge(world=settings["world"], timeout=settings["limit"], now=self._clock.now())
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self, address: str | None) -> int:
@@ -177,25 +86,26 @@ class Court:
         except (ValueError, KeyError, TypeError, OSError):
             writer.close()
             return
-        self._judge.arrived(rank, str(hello["host"]), time.monotonic())
+        self._judge.arrived(rank, str(hello["host"]), self._clock.now())
         self._writers.add(writer)
         try:
             while line := await reader.readline():
-                self._judge.heard(rank, json.loads(line), time.monotonic())
+                self._judge.heard(rank, json.loads(line), self._clock.now())
         except OSError:
             pass  # as good as the end of the connection
         finally:
             self._writers.discard(writer)
-            self._judge.disconnected(rank, time.monotonic())
+            self._judge.disconnected(rank, self._clock.now())
             writer.close()
 
     async def _tell(self) -> None:
         verdict, told = None, 0.0
         while verdict is None:
             await asyncio.sleep(min(0.2, self._beat))
-            verdict = self._judge.verdict(time.monotonic())
-            if verdict or time.monotonic() - told >= self._beat:
-                told = time.monotonic()
+            now = self._clock.now()
+            verdict = self._judge.verdict(now)
+            if verdict or now - told >= self._beat:
+                told = now
                 for writer in self._writers:
                     writer.write(json.dumps({"verdict": verdict}).encode() + b"\n")
 
@@ -267,19 +177,22 @@ class Guard:
 
     async def _listen(self, reader: asyncio.StreamReader) -> str | None:
         """The verdict, or that rank 0's guard is gone or silent; None where it is gone after this rank has left."""
-        court, limit = f"rank 0 on {self._settings['address']}", self._settings["limit"]
-        verdict = None
-        try:
-            while verdict is None:
-                line = await asyncio.wait_for(reader.readline(), timeout=limit)
-                verdict = json.loads(line)["verdict"] if line else ""
-        except TimeoutError:
-            return f"{court} has not been heard of for {limit:g} s: its host is down or a link is cut"
-        except OSError:
-            verdict = ""
-        if verdict == "":
-            return f"{court} is gone: its host or all of its processes went down" if self._left is None else None
-        return str(verdict)
+        court, clock = f"rank 0 on {self._settings['address']}", Clock()
+        limit, heard = self._settings["limit"], clock.now()
+        while clock.now() - heard <= limit:
+            try:
+                line = await asyncio.wait_for(reader.readline(), timeout=1)
+            except TimeoutError:
+                continue
+            except OSError:
+                line = b""
+            if not line:
+                gone = f"{court} is gone: its host or all of its processes went down"
+                return gone if self._left is None else None
+            heard = clock.now()
+            if verdict := json.loads(line)["verdict"]:
+                return str(verdict)
+        return f"{court} has not been heard of for {limit:g} s: its host is down or a link is cut"
 
     def _report(self, writer: asyncio.StreamWriter, event: str) -> None:
         message = {"event": event, "state": _state(self._rank_pid), "reason": None}
