@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def save_checkpoint(
             zero_stage=int(engine.zero_optimization_stage()),
             setup=_setup(engine),
             model=model,
-            files=_hash_shares(folder / UNFINISHED, failing=failing),
+            files=_hash_shares(folder / UNFINISHED, sharded=engine.zero_optimization_stage() > 0, failing=failing),
         )
         path = folder / from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
     except InputError:
@@ -138,27 +139,30 @@ def holds_checkpoints(folder: Path) -> bool:
     return from_rank_zero(lambda: any(folder.glob("global_step*")), failing=failing)
 
 
-def reshard(engine: Any, folder: Path) -> str | None:
+def reshard(engine: Any, folder: Path, *, model: dict[str, Any]) -> str | None:
     """Make the newest complete checkpoint fit this number of ranks, where it is only that which differs. A collective.
 
     Rank 0 converts it (`merit_ds.training.universal`); the checkpoint itself stays as it is.
 
+    Args:
+        model: as given to `save_checkpoint`.
+
     Returns:
-        What was done, for people; None where there was nothing to do.
+        The new checkpoint's path; None where nothing was to be done.
 
     Raises:
-        InputError: as `make_universal`; or there are checkpoints, but none is complete.
+        InputError: as `make_universal`; or the checkpoint differs in something else as well.
     """
+    listed, _ = from_rank_zero(lambda: _list(folder), failing=f"{folder}: cannot look for checkpoints")
+    here = _setup(engine)
+    if all(_fits_ranks(Manifest.from_plain(manifest), here) for _, manifest in listed):
+        return None  # without reading the files: loading does that
     checkpoint = find_checkpoint(folder)
-    if checkpoint is None or checkpoint.manifest.universal or checkpoint.manifest.zero_stage == 0:
+    if checkpoint is None or _fits_ranks(checkpoint.manifest, here):
         return None
-    saved, setup = checkpoint.manifest.setup, _setup(engine)
-    counts = [f"{there[key]} {key}" for there in (saved, setup) for key in RESHARDED if saved[key] != setup[key]]
-    if not counts:
-        return None
-    converted = from_rank_zero(lambda: str(make_universal(folder)), failing=f"{folder}: cannot reshard")
-    half = len(counts) // 2
-    return f"{checkpoint.path}: saved by {', '.join(counts[:half])}; for {', '.join(counts[half:])} now {converted}"
+    converted = replace(checkpoint.manifest, universal=True)
+    _check_fit(replace(checkpoint, manifest=converted), engine, model)
+    return from_rank_zero(lambda: str(make_universal(folder)), failing=f"{folder}: cannot convert a checkpoint")
 
 
 def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any] | None:
@@ -213,9 +217,12 @@ def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def _hash_shares(unfinished: Path, *, failing: str) -> dict[str, tuple[int, str]]:
+def _hash_shares(unfinished: Path, *, sharded: bool, failing: str) -> dict[str, tuple[int, str]]:
     """Every file's size and sha256; each rank looks into a share of the files, and flushes it to the disk first."""
     names = from_rank_zero(lambda: file_names(unfinished), failing=failing)
+    shards = sum(name.endswith("_optim_states.pt") for name in names)
+    if sharded and shards != dist.get_world_size():
+        raise InputError(f"{failing}: {shards} of {dist.get_world_size()} ranks' shards are there: one folder for all?")
     share = names[dist.get_rank() :: dist.get_world_size()]
 
     def hash_share() -> list[list[Any]]:
@@ -258,6 +265,10 @@ def _setup(engine: Any) -> dict[str, Any]:
         "wrapper": type(engine.optimizer).__name__,
         "scheduler": engine.lr_scheduler is not None,
     }
+
+
+def _fits_ranks(saved: Manifest, setup: dict[str, Any]) -> bool:
+    return saved.universal or saved.zero_stage == 0 or all(saved.setup[key] == setup[key] for key in RESHARDED)
 
 
 def _check_fit(checkpoint: Checkpoint, engine: Any, model: dict[str, Any]) -> None:

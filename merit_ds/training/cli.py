@@ -12,6 +12,9 @@ from pathlib import Path
 from merit_ds.errors import InputError, UnsupportedError
 from merit_ds.training.config import Config, load_config
 
+CRASHED = 70
+"""Exit status of an error that was not foreseen (sysexits.h: EX_SOFTWARE)."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, and Megatron's habitual flags as short forms of `--set run.…`."""
@@ -51,9 +54,10 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn the package's errors into one line on stderr and exit status 1; others keep their traceback.
+    """Turn the package's errors into one line on stderr and exit status 1; others keep their traceback, with status 70.
 
-    An InputError is the same on every rank, so one rank of each host prints it.
+    An InputError is the same on every rank, so one rank of each host prints it. It would come again, while what ends
+    with another status may have been a rank's or a host's failure: whoever restarts jobs can tell.
     """
     try:
         yield
@@ -64,3 +68,6 @@ def report_errors() -> Iterator[None]:
     except UnsupportedError as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # torch's puts the rank before each line
+        sys.exit(CRASHED)

@@ -9,9 +9,10 @@ from merit_ds.errors import InputError
 from merit_ds.training.checkpoint import load_checkpoint, reshard
 from merit_ds.training.plan import Plan, continues_itself
 from merit_ds.training.setup import Data
+from merit_ds.training.watch import Watch
 
 
-def continue_run(engine: Any, plan: Plan, data: Data, *, say: Callable[[str], None]) -> int:
+def continue_run(engine: Any, plan: Plan, data: Data, watch: Watch, *, say: Callable[[str], None]) -> int:
     """Load the newest complete checkpoint of `run.load` into the engine. A collective.
 
     Where that is the run's own folder, a run may go on with another number of ranks, for instance after a host was
@@ -28,8 +29,12 @@ def continue_run(engine: Any, plan: Plan, data: Data, *, say: Callable[[str], No
     """
     folder, batch = Path(str(plan.config.run.load)), plan.batch
     own = continues_itself(plan.config.run)
-    if own and (resharded := reshard(engine, folder)):
-        say(f"{resharded}; train_batch_size stays {batch.global_batch}, in {batch.accumulation} micro-batches a rank")
+    if own:
+        with watch.untimed("converting a checkpoint to this number of ranks"):
+            resharded = reshard(engine, folder, model=model_settings(plan, data))
+        watch.at("loading a checkpoint", slow=True)
+        if resharded:
+            say(f"{resharded}: a checkpoint for any number of ranks")
     state = load_checkpoint(engine, folder, model=model_settings(plan, data))
     if state is None:
         if not own:
@@ -42,6 +47,12 @@ def continue_run(engine: Any, plan: Plan, data: Data, *, say: Callable[[str], No
                 "sequences: continue with the same recipe and data"
             )
     say(f"continuing from step {state['step']} in {plan.config.run.load}")
+    before = state.get("ranks", plan.world)
+    if before != plan.world:
+        say(
+            f"ranks before: {before}, now: {plan.world}; train_batch_size stays {batch.global_batch}, in "
+            f"{batch.accumulation} micro-batches a rank; the losses will differ by the order of sums"
+        )
     return int(state["step"])
 
 

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
 from merit_ds.errors import InputError
+from merit_ds.training.plan import local_ranks
 
 PATIENCE_SECONDS = 300
 """How long a lock that may belong to a build on another machine is waited for: the build takes 30 to 160 seconds."""
@@ -83,8 +84,7 @@ def check_stale_lock() -> None:
         return
     lock = _build_folder(builder) / "lock"
     advice = f"{lock}: left by a build that was killed; no process of this machine holds it: rm {lock}"
-    local_ranks = os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    several_machines = os.environ.get("WORLD_SIZE", "1") != local_ranks
+    several_machines = int(os.environ.get("WORLD_SIZE", "1")) != local_ranks()
     told = False
     while (found := _unheld(lock)) is not None:
         left = PATIENCE_SECONDS - (time.time() - found.st_mtime)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The validation loss."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -10,7 +12,13 @@ from merit_ds.training.dataset import Sequences, micro_batches
 
 @torch.no_grad()
 def validation_loss(
-    model: torch.nn.Module, dataset: Sequences, *, sequences: int, micro_batch: int, device: torch.device
+    model: torch.nn.Module,
+    dataset: Sequences,
+    *,
+    sequences: int,
+    micro_batch: int,
+    device: torch.device,
+    progress: Callable[[], None],
 ) -> float:
     """Mean loss a token over the first `sequences` of the validation set, in nats. A collective.
 
@@ -18,6 +26,7 @@ def validation_loss(
         model: as `build_model` returns it; it is left in training mode.
         dataset: validation sequences, split over the data-parallel ranks, each counted once.
         micro_batch: sequences of one forward pass.
+        progress: called before each; ranks may have unequal numbers of them.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of tokens
     batches = micro_batches(
@@ -30,6 +39,7 @@ def validation_loss(
     )
     model.eval()
     for batch in batches:
+        progress()
         batch = {key: value.to(device) for key, value in batch.items()}
         per_token = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         total += torch.stack([(per_token * batch["loss_mask"]).sum(), batch["loss_mask"].sum()]).double()

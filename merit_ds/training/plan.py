@@ -139,6 +139,11 @@ def _check_muon(model: ModelConfig, ds_config: dict[str, Any]) -> None:
         )
 
 
+def local_ranks() -> int:
+    """Ranks of this host: deepspeed says it in one variable, torchrun in another; 1 where nobody says it."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def continues_itself(run: RunConfig) -> bool:
     """Whether a run loads from the folder that it saves to."""
     return bool(run.save and run.load) and Path(str(run.save)).resolve() == Path(str(run.load)).resolve()

@@ -22,7 +22,7 @@ from merit_ds.training.dataset import Sequences, open_datasets
 from merit_ds.training.deepspeed_config import model_dtype, parameter_groups
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
-from merit_ds.training.plan import Plan, continues_itself
+from merit_ds.training.plan import Plan, continues_itself, local_ranks
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
 from merit_ds.training.watch import slow_timeout
 
@@ -55,8 +55,7 @@ def start_distributed(plan: Plan) -> None:
         get_accelerator().set_device(plan.device.index)
     elif "OMP_NUM_THREADS" not in os.environ:
         # Each rank would start a thread for every core, and they would spend their time waiting for one another.
-        local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     check_stale_lock()
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(), timeout=slow_timeout(plan), verbose=False

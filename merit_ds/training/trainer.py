@@ -20,6 +20,7 @@ from merit_ds.training.dataset import micro_batches
 from merit_ds.training.deepspeed_config import MONITORS
 from merit_ds.training.evaluation import validation_loss
 from merit_ds.training.gauss_newton import GaussNewton
+from merit_ds.training.guard.judge import LEAVING
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.interval import Interval
 from merit_ds.training.model import masked_mean, padded_vocab
@@ -68,7 +69,7 @@ class Trainer:
         run = self.plan.config.run
         self.watch.at("loading a checkpoint", slow=True)
         if run.load:
-            self.step = self._saved_step = continue_run(self.engine, self.plan, self.data, say=self._say)
+            self.step = self._saved_step = continue_run(self.engine, self.plan, self.data, self.watch, say=self._say)
             self._first_step = self.step + 1
         if self._folder is not None:
             folder, failing = self._folder, f"cannot begin the run in {run.save}"
@@ -123,6 +124,7 @@ class Trainer:
         if self.step == self.plan.steps and self.plan.config.run.sample_tokens:
             self._sample()
         dist.barrier()
+        self.watch.at(LEAVING)
         self.engine.destroy()
         dist.destroy_process_group()
 
@@ -137,6 +139,7 @@ class Trainer:
         start = time.perf_counter()
         # Nothing here draws random numbers; whatever may one day, draws the same after a restart.
         torch.manual_seed(self.plan.config.run.seed + self.step)
+        self.watch.at(f"beginning step {self.step + 1}", slow=True)  # Sophia's Hessian may be due
         self._gauss_newton.before_step(self.step)
         skipped_before = self.engine.skipped_steps
         self._learning_rate = self.engine.get_lr()[0]  # step() sets the next one
@@ -146,6 +149,7 @@ class Trainer:
         if loss is None:
             return self._signal
         self.step += 1
+        self.watch.at(f"ending step {self.step}")
         if self.telemetry is not None:
             self.telemetry.after_step(self.step, samples=self.step * self.plan.batch.global_batch)
         flags = [int(not loss.isfinite()), int(self.engine.skipped_steps > skipped_before), interrupt.received]
@@ -220,13 +224,14 @@ class Trainer:
 
     def _evaluate(self) -> None:
         plan = self.plan
-        self.watch.at(f"measuring the validation loss after step {self.step}", slow=True)
+        self.watch.at(f"measuring the validation loss after step {self.step}")
         loss = validation_loss(
             self.engine.module,
             self.data.valid,
             sequences=plan.config.run.eval_sequences,
             micro_batch=plan.batch.micro_batch,
             device=plan.device,
+            progress=self.watch.pulse,
         )
         self._say(f" validation loss at iteration {self.step} | lm loss value: {loss:.6E} |")
         self._record({"iteration": self.step, "valid_loss": loss})
@@ -253,7 +258,7 @@ class Trainer:
             Path(run.save),
             step=self.step,
             model=model_settings(self.plan, self.data),
-            client_state={"step": self.step, "order": data_order(self.plan, self.data)},
+            client_state={"step": self.step, "ranks": self.plan.world, "order": data_order(self.plan, self.data)},
             keep=run.keep_checkpoints,
         )
         self._saved_step = self.step

@@ -9,11 +9,14 @@ import json
 import os
 import secrets
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +25,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 
 from merit_ds.errors import InputError
 from merit_ds.training.guard import judge
-from merit_ds.training.plan import Plan
+from merit_ds.training.plan import Plan, local_ranks
 
 GUARD = Path(judge.__file__).parent
 BEAT_SECONDS = 5.0
@@ -48,10 +51,12 @@ class Watch:
         self._store: Store | None = None
         """Kept: on rank 0 its server is the rendezvous', and ends with its last user."""
         self._guard: subprocess.Popen[bytes] | None = None
-        self._marks = 0
+        self._marks, self._pulses = 0, 0
+        self._doing, self._slow = "starting", True
 
     def __enter__(self) -> "Watch":
         if self._plan.world > 1:
+            _refuse_process_one()
             self._store = _open_store(self._plan)
             self._guard = _start_guard(self._plan, self._store)
             self.at("starting", slow=True)
@@ -62,8 +67,7 @@ class Watch:
     ) -> None:
         if self._guard is None:
             return
-        reason = None if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
-        self._tell({"reason": reason})
+        self._tell({"reason": None if error is None else _reason(error)})
         # Its guard closes the pipe when the verdict is out, so that this comes before a traceback; rank 0's when all
         # ranks have left, since the others' connections, and perhaps a container, end with it.
         assert self._guard.stdout is not None
@@ -77,7 +81,31 @@ class Watch:
             slow: it may take `judge.SLOW` times longer than `run.timeout`.
         """
         self._marks += 1
-        self._tell({"marks": self._marks, "doing": doing, "slow": slow})
+        self._doing, self._slow = doing, slow
+        self.pulse()
+
+    def pulse(self) -> None:
+        """Say that this rank comes further within what it does: in loops of which ranks may have unequal shares."""
+        self._pulses += 1
+        self._tell({"marks": self._marks, "pulse": self._pulses, "doing": self._doing, "slow": self._slow})
+
+    @contextmanager
+    def untimed(self, doing: str) -> Iterator[None]:
+        """While a rank does what may take any time and shows no progress; that it is alive is watched all the same."""
+        self.at(doing, slow=True)
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(1):
+                self.pulse()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _tell(self, mark: dict[str, object]) -> None:
         if self._guard is None or self._guard.stdin is None:
@@ -114,27 +142,43 @@ def _limit(timeout: float, beat: float) -> float:
     return timeout - 2 * beat - judge.SETTLE_SECONDS - judge.GRACE_SECONDS
 
 
+def _refuse_process_one() -> None:
+    if os.getpid() == 1:
+        raise InputError(
+            "this rank is process 1 of a container, and the kernel lets nothing in there kill that: start it by a "
+            "launcher (launch/nossh.sh, torchrun), or run the container with --init or shareProcessNamespace"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Why the rank leaves, for the others."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        return signal.Signals(error.code - 128).name
+    return " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
+
+
 def _own_address(plan: Plan) -> str | None:
     """MASTER_ADDR, for rank 0's guard to listen on; None, all addresses, where others could not reach it there.
 
     Debian writes a host's own name as 127.0.1.1 into /etc/hosts; the other hosts know it by another address.
     """
     address = socket.gethostbyname(os.environ["MASTER_ADDR"])
-    several_hosts = plan.world > int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
-    return None if several_hosts and address.startswith("127.") else address
+    return None if plan.world > local_ranks() and address.startswith("127.") else address
 
 
 def _find_court(store: Store, *, timeout: float) -> dict[str, object]:
     """Port and token of rank 0's guard; torchrun's store may still have those of an earlier attempt."""
     deadline = time.monotonic() + timeout
     while True:
-        court: dict[str, object] = json.loads(store.get("court"))
         try:
+            court: dict[str, object] = json.loads(store.get("court"))
             _wait_for(os.environ["MASTER_ADDR"], int(str(court["port"])), timeout=0)
             return court
-        except OSError as error:
+        except (OSError, DistError, RuntimeError) as error:
             if time.monotonic() > deadline:
-                raise InputError(f"rank 0's guard on {os.environ['MASTER_ADDR']} cannot be reached: {error}") from None
+                raise InputError(
+                    f"rank 0's guard on {os.environ['MASTER_ADDR']} cannot be reached: {str(error).splitlines()[0]}"
+                ) from None
         time.sleep(0.5)
 
 
@@ -147,7 +191,7 @@ def _wait_for(address: str, port: int, *, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(timeout, CONNECT_SECONDS)).close()
+            socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
             return
         except OSError:
             if time.monotonic() > deadline:

@@ -145,8 +145,8 @@ def test_a_flipped_byte_costs_one_checkpoint_and_fewer_hosts_go_on(hosts, folder
     output = job.finish(process)
     assert process.returncode == 0, output
     assert f"{shard.relative_to(folder)}: its sha256 is not the one that was written" in output
-    assert "flipped/global_step4: saved by 2 ranks; for 1 ranks now flipped/global_step4_universal" in output
-    assert "train_batch_size stays 4, in 2 micro-batches a rank" in output
+    assert "flipped/global_step4_universal: a checkpoint for any number of ranks" in output
+    assert "ranks before: 2, now: 1; train_batch_size stays 4, in 2 micro-batches a rank" in output
     found, expected = losses(folder / "flipped"), losses(reference)
     assert found.keys() == expected.keys()
     assert all(found[step] == pytest.approx(expected[step], rel=1e-3) for step in expected)

@@ -18,6 +18,7 @@ import asyncio
 import hmac
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -25,10 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merit_ds.training.guard.judge import GRACE_SECONDS, Judge
+    from merit_ds.training.guard.judge import GRACE_SECONDS, LEAVING, Judge
 else:  # a folder that is run has its files as top-level modules; the package itself would bring in torch
-    from judge import GRACE_SECONDS, Judge
+    from judge import GRACE_SECONDS, LEAVING, Judge
 
+HELLO_SECONDS = 10.0
+"""In which who has connected must say who it is."""
+BACKLOG = 4096
+"""Connections that wait to be accepted: all ranks come at once."""
 PAUSE_SECONDS = 5.0
 """A longer gap between two looks at the clock is a pause of this process: Ctrl-Z, a frozen container."""
 
@@ -56,7 +61,10 @@ class Court:
         self._token: str = settings["token"]
         self._beat: float = settings["beat"]
         self._clock = Clock()
-        self._judge = Judge(world=settings["world"], timeout=settings["limit"], now=self._clock.now())
+        self._judge = Judge(
+            world=settings["world"], timeout=settings["limit"], beat=settings["beat"], now=self._clock.now()
+        )
+        self._verdict: str | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self, address: str | None) -> int:
@@ -65,10 +73,13 @@ class Court:
         Returns:
             The port.
         """
+        # A descriptor for each rank; the usual limit of 1024 is a soft one.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
-            self._server = await asyncio.start_server(self._hear, address or "0.0.0.0", 0)
+            self._server = await asyncio.start_server(self._hear, address or "0.0.0.0", 0, backlog=BACKLOG)
         except OSError:
-            self._server = await asyncio.start_server(self._hear, "0.0.0.0", 0)
+            self._server = await asyncio.start_server(self._hear, "0.0.0.0", 0, backlog=BACKLOG)
         self._telling = asyncio.create_task(self._tell())
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -79,35 +90,40 @@ class Court:
 
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            hello = json.loads(await reader.readline())
+            hello = json.loads(await asyncio.wait_for(reader.readline(), HELLO_SECONDS))
             if not hmac.compare_digest(str(hello["token"]), self._token):
                 raise ValueError("another job's guard, or none at all")
             rank = int(hello["rank"])
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError, TimeoutError):
             writer.close()
             return
         self._judge.arrived(rank, str(hello["host"]), self._clock.now())
         self._writers.add(writer)
+        if self._verdict:
+            self._send(writer)
         try:
             while line := await reader.readline():
                 self._judge.heard(rank, json.loads(line), self._clock.now())
-        except OSError:
-            pass  # as good as the end of the connection
+        except (OSError, ValueError, KeyError):
+            pass  # broken, or a line that was torn: as good as the end of the connection
         finally:
             self._writers.discard(writer)
             self._judge.disconnected(rank, self._clock.now())
             writer.close()
 
     async def _tell(self) -> None:
-        verdict, told = None, 0.0
-        while verdict is None:
+        told = 0.0
+        while self._verdict is None:
             await asyncio.sleep(min(0.2, self._beat))
             now = self._clock.now()
-            verdict = self._judge.verdict(now)
-            if verdict or now - told >= self._beat:
+            self._verdict = self._judge.verdict(now)
+            if self._verdict or now - told >= self._beat:
                 told = now
                 for writer in self._writers:
-                    writer.write(json.dumps({"verdict": verdict}).encode() + b"\n")
+                    self._send(writer)
+
+    def _send(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps({"verdict": self._verdict}).encode() + b"\n")
 
 
 class Guard:
@@ -117,12 +133,15 @@ class Guard:
         self._settings = settings
         self._court = court
         self._rank_pid: int = settings["pid"]
-        self._mark: dict[str, Any] = {"marks": 0, "doing": "starting", "slow": True}
+        self._mark: dict[str, Any] = {"marks": 0, "pulse": 0, "doing": "starting", "slow": True}
         self._left: dict[str, Any] | None = None
 
     async def run(self, pipe: asyncio.StreamReader) -> None:
         settings = self._settings
-        reader, writer = await asyncio.open_connection(settings["address"], settings["port"])
+        try:
+            reader, writer = await self._connect()
+        except OSError as error:
+            return await self._execute(f"rank 0's guard on {settings['address']} cannot be reached: {error}")
         self._send(writer, {key: settings[key] for key in ("token", "rank", "host")})
         watching = asyncio.create_task(self._watch(pipe))
         beating = asyncio.create_task(self._beat(writer))
@@ -132,8 +151,20 @@ class Guard:
         if watching.done():
             self._report(writer, "died" if self._left is None else "left")
             await self._wait_for_verdict(judging)
-        verdict = judging.result() if judging.done() else None
-        if verdict and settings["local_rank"] == 0:
+        await self._execute(judging.result() if judging.done() else None)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        clock = Clock()
+        while True:
+            try:
+                return await asyncio.open_connection(self._settings["address"], self._settings["port"])
+            except OSError:
+                if clock.now() > self._settings["limit"]:
+                    raise
+                await asyncio.sleep(0.5)
+
+    async def _execute(self, verdict: str | None) -> None:
+        if verdict and self._settings["local_rank"] == 0:
             print(f"error: {verdict}; every rank ends now", file=sys.stderr, flush=True)
         os.close(sys.stdout.fileno())  # a rank that has left waits for this: now it may print its own reason
         if verdict:
@@ -176,7 +207,7 @@ class Guard:
             await asyncio.sleep(self._settings["beat"])
 
     async def _listen(self, reader: asyncio.StreamReader) -> str | None:
-        """The verdict, or that rank 0's guard is gone or silent; None where it is gone after this rank has left."""
+        """The verdict, or that rank 0's guard is gone or silent; None where that no longer matters to this rank."""
         court, clock = f"rank 0 on {self._settings['address']}", Clock()
         limit, heard = self._settings["limit"], clock.now()
         while clock.now() - heard <= limit:
@@ -188,7 +219,7 @@ class Guard:
                 line = b""
             if not line:
                 gone = f"{court} is gone: its host or all of its processes went down"
-                return gone if self._left is None else None
+                return gone if self._left is None and self._mark["doing"] != LEAVING else None
             heard = clock.now()
             if verdict := json.loads(line)["verdict"]:
                 return str(verdict)
