@@ -113,7 +113,17 @@ def test_the_two_images_end_alike() -> None:
         return [re.sub(r'(title|description)="[^"]*"|"/opt/nvidia/nvidia_entrypoint.sh", ', "", line) for line in lines]
 
     assert ending("cpu") == ending("gpu")
-    assert "USER ${UID}" in ending("cpu") and "ARG UID=10001" in ending("cpu")
+    assert "USER ${MERIT_UID}" in ending("cpu") and "ARG MERIT_UID=10001" in ending("cpu")
+
+
+def test_no_argument_is_one_that_could_not_be_given() -> None:
+    """A base image's ENV goes before an ARG of the same name, and bash does not let UID be set."""
+    taken = {"TORCH_CUDA_ARCH_LIST", "UID", "EUID", "PPID"}
+    assert not taken & set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+    lines = stage("gpu-builder")
+    assert 'ARG CUDA_ARCHS="8.0 9.0 10.0"' in lines
+    wheel = next(line for line in lines if "pip wheel" in line)
+    assert wheel.startswith('RUN TORCH_CUDA_ARCH_LIST="${CUDA_ARCHS}" ') and "MERIT_BUILD_CUDA=1" in wheel
 
 
 def test_versions_are_those_of_the_project() -> None:

@@ -28,7 +28,7 @@ from launch import assert_same_run, losses
 from ranks import free_port
 
 IMAGE = "localhost/merit-ds:cpu"
-USER_ID = 10001  # docker/Dockerfile's UID
+USER_ID = 10001  # docker/Dockerfile's MERIT_UID
 STEPS = 12
 WAYS = {"nossh": " in each", "torchrun": " in each", "multinode": " in a third over ssh"}
 CONTAINER_SSH_PORT = 2200  # the hosts have an sshd of their own on 2222
