@@ -114,6 +114,8 @@ def test_the_two_images_end_alike() -> None:
 
     assert ending("cpu") == ending("gpu")
     assert "USER ${MERIT_UID}" in ending("cpu") and "ARG MERIT_UID=10001" in ending("cpu")
+    # After all that costs time to build, and where merit_ds/training/report.py looks for it.
+    assert ending("cpu")[-3:-1] == ["ARG REVISION=unknown", "ENV MERIT_DS_REVISION=${REVISION}"]
 
 
 def test_no_argument_is_one_that_could_not_be_given() -> None:
