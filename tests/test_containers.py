@@ -63,10 +63,23 @@ def test_compose_is_valid() -> None:
     assert nodes.keys() == {"data", "node0", "node1"}
     ranks = {name: node["command"] for name, node in nodes.items() if name != "data"}
     assert [command[command.index("--node-rank") + 1] for command in ranks.values()] == ["0", "1"]  # type: ignore[attr-defined,index]
-    gpu = compose("--profile", "gpu")["gpu"]
+    gpu, infiniband = (compose("--profile", name)[name] for name in ("gpu", "gpu-ib"))
     assert gpu["ipc"] == "host" and gpu["ulimits"]["memlock"] == -1  # type: ignore[index]
-    every = [*nodes.values(), gpu]
+    every = [*nodes.values(), gpu, infiniband]
     assert not any(service.keys() & {"ports", "expose", "privileged", "cap_add", "user"} for service in every)
+    assert infiniband.pop("devices") and infiniband.pop("profiles") == ["gpu-ib"] and gpu.pop("profiles") == ["gpu"]
+    assert infiniband == gpu  # without the devices, which a machine may lack
+
+
+def test_compose_names_no_interface_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host's network it is the shell's variables that go in, and none where they are not set."""
+    names = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA"))
+    for name in [*names, "NCCL_DEBUG"]:
+        monkeypatch.delenv(name, raising=False)
+    assert compose("--profile", "gpu")["gpu"]["environment"] == names | {"NCCL_DEBUG": "WARN"}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
+    given = compose("--profile", "gpu")["gpu"]["environment"]
+    assert given == names | {"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "bond0"}
 
 
 def sent(path: str) -> bool:
