@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from launch import REPOSITORY
 from packaging.requirements import Requirement
 
@@ -151,6 +152,19 @@ def test_versions_are_those_of_the_project() -> None:
     wanted = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or []]
     wanted = [one for one in wanted if one.name == "transformer-engine"]
     assert engine is not None and len(wanted) == 1 and engine[1] in wanted[0].specifier
+
+
+def test_the_gpu_image_makes_the_data_that_its_commands_train_on() -> None:
+    extras = re.search(r"merit_ds-\*\.whl\)\[(.*?)\]", " ".join(stage("gpu")))
+    assert extras is not None and extras[1].split(",") == ["train", "openwebtext"]
+    for path in (REPOSITORY / "docs/containers.md", DOCKER / "compose.yaml"):
+        text = path.read_text()
+        made = re.search(r"merit_ds\.training\.data openwebtext --output (\S+) --tokenizer gpt2", text)
+        trained = list(re.finditer(r"launch/\w+\.sh,? (gpt2_\w+)", text))
+        assert made is not None and trained
+        for command in trained:
+            recipe = yaml.safe_load((REPOSITORY / f"configs/{command[1]}.yaml").read_text())
+            assert recipe["data"]["prefix"] == made[1] and made.start() < command.start(), command[0]
 
 
 def healthy(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
