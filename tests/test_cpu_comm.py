@@ -88,7 +88,7 @@ def test_prebuild_names_the_lock(lock: Path) -> None:
 def test_an_op_installed_with_deepspeed_is_not_built(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state() == "not built"
     lock.touch()
-    assert state() == f"locked {lock}"
+    assert state() == f"busy {lock}"
     monkeypatch.setitem(git_version_info.installed_ops, "deepspeed_shm_comm", True)
     monkeypatch.setattr(git_version_info, "accelerator_name", "cpu")
     assert state() == "ready"
