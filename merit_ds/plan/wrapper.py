@@ -41,6 +41,11 @@ _UNKNOWN = (
     "sparse_gradients",
     "torch_autocast",
 )
+_UNKNOWN_IN = {
+    "bf16": ("immediate_grad_update", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": ("fp16_master_weights_and_grads",),
+}
+"""By section."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,6 @@ def _refuse_unknown(ds_config: dict[str, Any]) -> None:
     found += [f"zero_optimization.{key}" for key, value in zero.items() if key not in _KNOWN_ZERO and value]
     if zero.get("contiguous_gradients") is False:
         found.append("zero_optimization.contiguous_gradients false")
-    if section(ds_config, "bf16").get("immediate_grad_update"):
-        found.append("bf16.immediate_grad_update")
+    found += [f"{name}.{key}" for name, keys in _UNKNOWN_IN.items() for key in keys if section(ds_config, name).get(key)]
     if found:
         raise InputError(f"{found[0]}: the plan does not know what it does to memory and traffic; leave it out")
