@@ -3,6 +3,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def refused(monkeypatch, capsys, *arguments: str) -> str:
     return line.removeprefix("error: ")
 
 
-def planned(recipe: str, nodes: int, *, gpus: int = 8, gpu: Any = H100, **changes: Any) -> Forecast:
-    config = load_config(CONFIGS / f"{recipe}.yaml")
+def planned(
+    recipe: str, nodes: int, *, gpus: int = 8, gpu: Any = H100, overrides: Sequence[str] = (), **changes: Any
+) -> Forecast:
+    config = load_config(CONFIGS / f"{recipe}.yaml", overrides=overrides)
     ds_config = read_deepspeed_json(Path(config.run.deepspeed)) | changes
     with on_paper(config, ds_config) as paper:
         return forecast(paper, ds_config, Cluster(gpu, nodes, gpus, gpu.network), Assumptions())
@@ -143,16 +146,25 @@ def test_memory_that_does_not_suffice_is_a_warning_that_says_what_would():
         found, gpu_name="small"
     )
     nothing = planned("gpt2_large_8k", 8, gpu=replace(H100, memory=10**9))
-    assert "nothing fits" in report.warnings(nothing)[0]
+    recomputed = planned(
+        "gpt2_large_8k", 8, gpu=replace(H100, memory=10**9), overrides=["model.activation_checkpointing=true"]
+    )
+    assert "nothing fits: try --set model.activation_checkpointing=true" in report.warnings(nothing)[0]
+    assert "nothing fits: try a larger model.tensor_parallel" in report.warnings(recomputed)[0]
 
 
 def test_shares_that_are_not_negligible_are_warned_of():
     # At stage 0 every rank steps all weights, here for a single sequence.
     alone = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "data_types": {}}
-    assert any("the optimizer takes" in line for line in report.warnings(planned("gpt2_small_1k", 128, **alone)))
+    every_rank = report.warnings(planned("gpt2_small_1k", 128, **alone))
+    assert any("the optimizer takes" in line and "ZeRO stage 1 or 2" in line for line in every_rank)
     assert not report.warnings(planned("gpt2_small_1k", 8))
     tiny = planned("quickstart", 1, gpus=2)  # a step of two milliseconds, in which every message counts
     assert any("of the data-parallel bytes, in" in line for line in report.warnings(tiny))
+    assert any("a layer has 0.25 ms of work a micro-batch: launching kernels" in line for line in report.warnings(tiny))
+    sliced = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "scheduler": {}}
+    sharded = report.warnings(planned("gpt2_small_1k", 1, gpus=2, **sliced))
+    assert any("the optimizer takes" in line and "a larger batch" in line for line in sharded)
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link():

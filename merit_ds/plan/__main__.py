@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     gpu = GPUS[arguments.gpu]
     network = gpu.network if arguments.network is None else arguments.network * 1e9
     cluster = Cluster(gpu, arguments.nodes, arguments.gpus_per_node, network)
-    assumed = replace(Assumptions(), compute=arguments.mfu)
+    assumed = replace(Assumptions(), compute=arguments.efficiency)
     with on_paper(config, ds_config) as paper:
         found = forecast(paper, ds_config, cluster, assumed)
         points = curve(paper, ds_config, cluster, assumed) if arguments.plot or arguments.json else []
@@ -98,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "the H100, which is 400 Gb/s)",
     )
     parser.add_argument(
-        "--mfu",
+        "--efficiency",
         type=_share,
         default=0.40,
         metavar="SHARE",
-        help="of the data sheet's FLOP/s that forward and backward passes reach, assumed (default: 0.40)",
+        help="of the data sheet's FLOP/s that forward and backward passes reach, assumed (default: 0.40); the printed "
+        "MFU, of the whole step, follows from it",
     )
     parser.add_argument(
         "--set",

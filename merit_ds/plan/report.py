@@ -17,8 +17,11 @@ OPTIMIZER_SHARE = 0.05
 """Of the step's time, from which on the optimizer is not negligible."""
 MAXIMA_SHARE = 0.01
 """Of the bytes that data-parallel ranks send, or of the step's time, from which on the maxima are not."""
+LAUNCH_BOUND = 1e-3
+"""Seconds of work of a layer in a micro-batch, below which launching its kernels may take longer."""
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 """Of a GPU's memory."""
+_WIDTH = {part: 1 + max(len(part), len("1234.56")) for part in PARTS}
 _WHAT = {
     "gradients": "gradients",
     "weights": "updated weights",
@@ -82,13 +85,23 @@ def warnings(forecast: Forecast) -> list[str]:
     recipe, total = forecast.recipe, forecast.recipe.time.total
     if not forecast.fits:
         fitting = [f"stage {row.stage} micro-batch {row.largest}" for row in forecast.stages if row.largest]
-        advice = f"what fits: {', '.join(fitting)}" if fitting else "nothing fits: split the model (tensor_parallel)"
+        advice = f"what fits: {', '.join(fitting)}" if fitting else f"nothing fits: {_how_to_fit(forecast)}"
         found.append(
             f"the recipe needs {_gb(recipe.memory.total)} GB of {_gb(forecast.usable_memory)} GB a GPU; {advice}"
         )
     share = recipe.time.optimizer / total
     if share > OPTIMIZER_SHARE:
-        found.append(f"the optimizer takes {share:.0%} of the step: more accumulation would hide it")
+        shared_out = recipe.stage == 0 and recipe.ranks > 1
+        advice = (
+            "ZeRO stage 1 or 2 would share it out among the ranks" if shared_out else "a larger batch would hide it"
+        )
+        found.append(f"the optimizer takes {share:.0%} of the step: {advice}")
+    layer = recipe.time.compute / recipe.accumulation / forecast.paper.config.model.num_layers
+    if layer < LAUNCH_BOUND:
+        found.append(
+            f"a layer has {1000 * layer:.2g} ms of work a micro-batch: launching kernels, which is not counted, will "
+            "take much of the step"
+        )
     data = [transfer for transfer in recipe.transfers if transfer.span == "data"]
     maxima = sum(transfer.sent_bytes for transfer in data if transfer.what in ("maxima", "momentum"))
     everything = sum(transfer.sent_bytes for transfer in data)
@@ -100,13 +113,23 @@ def warnings(forecast: Forecast) -> list[str]:
     return found
 
 
+def _how_to_fit(forecast: Forecast) -> str:
+    split = "a larger model.tensor_parallel"
+    if forecast.paper.config.model.activation_checkpointing:
+        return f"try {split}"
+    return f"try --set model.activation_checkpointing=true, then {split}"
+
+
 def ranks_hint(forecast: Forecast) -> str:
     """One line: that the number of GPUs fits, and the nearest others that would."""
     batch, tensor = forecast.plan.batch, forecast.paper.config.model.tensor_parallel
     near = nearest_ranks(batch.global_batch, batch.micro_batch, ranks=forecast.recipe.ranks)
     others = " and ".join(str(count * tensor) for count in near)
     are = "others are" if len(near) > 1 else "other is"
-    return f"{forecast.cluster.gpus} GPUs are valid" + (f"; the nearest {are} {others}" if others else "")
+    gpus = forecast.cluster.gpus
+    return f"{plural(gpus, 'GPU')} {'is' if gpus == 1 else 'are'} valid" + (
+        f"; the nearest {are} {others}" if others else ""
+    )
 
 
 def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
@@ -114,15 +137,16 @@ def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
     model, batch = paper.config.model, plan.batch
     wrapper = wrapper_of(plan.ds_config)
     tensor = f" x {model.tensor_parallel} tensor-parallel" if model.tensor_parallel > 1 else ""
-    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
+    nodes = f"{plural(cluster.nodes, 'node')} of {plural(cluster.gpus_per_node, 'GPU')}"
+    ranks = f"{recipe.ranks:,} data-parallel{tensor} rank{'' if cluster.gpus == 1 else 's'}"
     tokens = batch.global_batch * model.seq_length
     return [
-        f"{cluster.gpus} x {gpu_name}  {nodes} of {cluster.gpus_per_node} GPUs: {ranks_hint(forecast)}",
+        f"{cluster.gpus} x {gpu_name}  {nodes}: {ranks_hint(forecast)}",
         f"model     {paper.parameters / 1e6:,.1f} M trained parameters, {paper.optimizer.name}, "
         f"{dtype_name(wrapper.dtype)}, ZeRO stage {wrapper.stage}, {_wrapper(wrapper.kind)}",
-        f"batch     {batch.global_batch:,} sequences = micro-batch {batch.micro_batch} x {recipe.ranks} data-parallel"
-        f"{tensor} ranks x accumulation {batch.accumulation}",
-        f"run       {tokens:,} tokens a step, {plan.steps:,} steps, {plan.steps * tokens / 1e9:,.2f} B tokens",
+        f"batch     {batch.global_batch:,} sequences = micro-batch {batch.micro_batch} x {ranks} x accumulation "
+        f"{batch.accumulation}",
+        f"run       {tokens:,} tokens a step, {plural(plan.steps, 'step')}, {plan.steps * tokens / 1e9:,.2f} B tokens",
     ]
 
 
@@ -130,24 +154,29 @@ def _memory(forecast: Forecast) -> list[str]:
     lines = [
         f"Memory of the fullest GPU at its fullest moment, GB ({_gb(forecast.usable_memory)} can be used); what a rank "
         "sends in a step, GB",
-        f"  {'ZeRO stage':<11}" + "".join(f"{part:>12}" for part in PARTS) + f"{'total':>8}{'sent':>8}{'step':>9}"
-        "  largest micro-batch",
+        f"  {'ZeRO':<5}" + "".join(f"{part:>{_WIDTH[part]}}" for part in PARTS) + f"{'total':>8}  {'fullest in':<10}"
+        f"{'sent':>8}{'step':>9}  largest micro-batch",
     ]
     for row in forecast.stages:
         mark = "*" if row.stage == forecast.recipe.stage else " "
-        lines.append(f"{mark} {row.stage:<11}" + _stage(row, forecast))
-    return [*lines, "  * the recipe's. Optimizer: float32 master weights and moments."]
+        lines.append(f"{mark} {row.stage:<5}" + _stage(row, forecast))
+    return [
+        *lines,
+        "  * the recipe's, whose micro-batch all but the last column are for. Optimizer: float32 master weights and "
+        "moments.",
+    ]
 
 
 def _stage(row: Stage, forecast: Forecast) -> str:
     if row.estimate is None:
         return f" refused: {row.refusal}"
     memory, ranks = row.estimate.memory, forecast.recipe.ranks
-    parts = "".join(f"{_gb(getattr(memory, part)):>12}" for part in PARTS)
+    parts = "".join(f"{_gb(getattr(memory, part)):>{_WIDTH[part]}}" for part in PARTS)
     sent = sum(transfer.sent_bytes for transfer in row.estimate.transfers)
     accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
     largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
-    return f"{parts}{_gb(memory.total):>8}{_gb(sent):>8}{_seconds(row.estimate.time.total):>9}  {largest}"
+    seconds = _seconds(row.estimate.time.total)
+    return f"{parts}{_gb(memory.total):>8}  {memory.moment:<10}{_gb(sent):>8}{seconds:>9}  {largest}"
 
 
 def _traffic(forecast: Forecast) -> list[str]:
@@ -217,6 +246,11 @@ def _assumptions(forecast: Forecast) -> list[str]:
 
 def _warnings(forecast: Forecast) -> list[str]:
     return [f"warning: {line}" for line in warnings(forecast)]
+
+
+def plural(count: int, noun: str) -> str:
+    """With its number."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _wrapper(kind: str) -> str:

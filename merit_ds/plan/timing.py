@@ -2,7 +2,7 @@
 """How long a step may take: an estimate from data sheets and a few assumed efficiencies, all of them printed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import log2
 
 from merit_ds.plan.gpus import Gpu
@@ -78,16 +78,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return (
-            self.compute
-            + self.layers
-            + self.gradients
-            + self.passes
-            + self.optimizer
-            + self.maxima
-            + self.weights
-            + self.scalars
-        )
+        return sum(astuple(self))
 
 
 def step_time(

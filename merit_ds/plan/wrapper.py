@@ -159,6 +159,8 @@ def _refuse_unknown(ds_config: dict[str, Any]) -> None:
     found += [f"zero_optimization.{key}" for key, value in zero.items() if key not in _KNOWN_ZERO and value]
     if zero.get("contiguous_gradients") is False:
         found.append("zero_optimization.contiguous_gradients false")
-    found += [f"{name}.{key}" for name, keys in _UNKNOWN_IN.items() for key in keys if section(ds_config, name).get(key)]
+    found += [
+        f"{name}.{key}" for name, keys in _UNKNOWN_IN.items() for key in keys if section(ds_config, name).get(key)
+    ]
     if found:
         raise InputError(f"{found[0]}: the plan does not know what it does to memory and traffic; leave it out")
