@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from merit_ds.errors import InputError
-from merit_ds.training.config import ModelConfig
-from merit_ds.training.model import build_model, initialise_megatron, masked_mean, padded_vocab
+from merit_ds.training.config import ModelConfig, padded_vocab
+from merit_ds.training.model import build_model, initialise_megatron, masked_mean
 
 LAYERS, HIDDEN, HEADS, CONTEXT, VOCAB, ROWS = 3, 64, 4, 24, 200, 256
 

@@ -130,6 +130,8 @@ def test_what_optimizers_keep_and_move():
         assert (found.moments, found.moved_bytes) == wanted
     scion, muon = (optimizer_of({"optimizer": {"type": kind, "params": {"lr": 1}}}) for kind in ("MeritScion", "Muon"))
     assert (scion.moments, scion.momentum, muon.momentum) == (1, "sum", "pieces")
+    with pytest.raises(InputError, match=r"optimizer\.params: .*'rate'"):
+        optimizer_of({"optimizer": {"type": "Merit", "params": {"rate": 1}}})
     with pytest.raises(InputError, match="'OneBitAdam': the plan knows Merit, "):
         optimizer_of({"optimizer": {"type": "OneBitAdam"}})
 

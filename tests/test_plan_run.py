@@ -111,7 +111,7 @@ def test_the_bytes_handed_to_collectives_are_those_of_a_real_step(case, measured
     wanted: Counter[tuple[str, str, str]] = Counter()
     for transfer in planned(case, folder).transfers:
         # Without tensor parallelism the data-parallel ranks are all ranks.
-        among = "all" if transfer.ranks == case.ranks else transfer.span
+        among = "all" if transfer.ranks == case.ranks else transfer.scope
         wanted[transfer.collective, among, "bytes"] += transfer.handed_bytes
         wanted[transfer.collective, among, "calls"] += transfer.calls
     if case.name == "zero2_to_owner":

@@ -27,8 +27,8 @@ from merit_ds.preflight.hosts import launcher_exports, read_facts, read_hostfile
 from merit_ds.preflight.judge import CHECKS, Job, judge
 from merit_ds.preflight.meeting import Meeting, Met, meet
 from merit_ds.preflight.sizes import checkpoint_bytes, parameter_count
-from merit_ds.training.config import Config, load_config
-from merit_ds.training.model import build_model, padded_vocab
+from merit_ds.training.config import Config, load_config, padded_vocab
+from merit_ds.training.model import build_model
 
 RECIPE = """
 model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3, seq_length: 32}
@@ -307,6 +307,16 @@ def test_a_recipe_s_parameters_are_counted(name: str) -> None:
     parameters = parameter_count(config, vocab_size=50257)
     assert parameters == LARGE_SCALE[name][0]
     assert checkpoint_bytes(config, vocab_size=50257) == 14 * parameters  # bf16, and three float32
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("Merit", 4), ("MeritLion", 3), ("lion", 3), ("OneBitAdam", 4)])
+def test_a_checkpoint_has_the_moments_of_its_optimizer(kind: str, numbers: int, config: Config, tmp_path: Path) -> None:
+    optimizer = {"optimizer": {"type": kind, "params": {"lr": 0.01}}}
+    (tmp_path / "recipe.json").write_text(json.dumps(DEEPSPEED | optimizer))
+    run = config.run.model_copy(update={"deepspeed": str(tmp_path / "recipe.json")})
+    config = config.model_copy(update={"run": run})
+    wanted = 4 * numbers * parameter_count(config, vocab_size=257)  # float32: weights, master weights, moments
+    assert checkpoint_bytes(config, vocab_size=257) == wanted
 
 
 def test_every_kind_of_model_is_counted(config: Config) -> None:

@@ -17,9 +17,8 @@ from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.timing import Assumptions, Cluster, StepTime, step_time
 from merit_ds.plan.wire import Transfer, transfers_of
 from merit_ds.plan.wrapper import with_stage, wrapper_of
-from merit_ds.training.config import Config
+from merit_ds.training.config import Config, padded_vocab
 from merit_ds.training.deepspeed_config import model_dtype, section
-from merit_ds.training.model import padded_vocab
 from merit_ds.training.plan import Plan, plan_of
 from merit_ds.training.report import flops_per_sequence
 from merit_ds.training.tokenizer import ByteTokenizer, Gpt2Tokenizer

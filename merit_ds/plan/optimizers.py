@@ -41,25 +41,28 @@ class Optimizer:
         return 0 if self.norm is None else 2 * self.norm.dtype.itemsize
 
 
-_MOMENTS = {"adam": 2, "adamw": 2, "lamb": 2, "lion": 1, "adagrad": 1, "muon": 2}
+_KEPT = {"adam": 2, "adamw": 2, "lamb": 2, "lion": 1, "adagrad": 1, "muon": 2}
 """Of DeepSpeed's own optimizers; Muon's are its Adam's."""
 
 
 def optimizer_of(ds_config: dict[str, Any]) -> Optimizer:
-    """Raises: InputError: the plan does not know the JSON's optimizer."""
+    """Raises: InputError: the plan does not know the JSON's optimizer, or that refuses its `params`."""
     kind, params = optimizer_type(ds_config), section(ds_config, "optimizer", "params")
     ours = {name: found for found in OPTIMIZERS for name in spellings(found)}
     given = ds_config["optimizer"]["type"]
     if given in ours:
-        optimizer = ours[given]([torch.zeros(1)], **params)
+        try:
+            optimizer = ours[given]([torch.zeros(1)], **params)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer.params: {error}") from None
         moments, norm = len(optimizer.rule.moments), optimizer.rule.norm
         settings = optimizer.settings_for_layout(optimizer.param_groups[0])
         found = Optimizer(type(optimizer).__name__, moments, norm, settings, _moved(moments, norm))
         return replace(found, momentum="sum") if isinstance(optimizer, MeritScion) else found
-    if kind not in _MOMENTS:
-        known = ", ".join([*(found.__name__ for found in OPTIMIZERS), *_MOMENTS])
+    if kind not in _KEPT:
+        known = ", ".join([*(found.__name__ for found in OPTIMIZERS), *_KEPT])
         raise InputError(f"optimizer.type {given!r}: the plan knows {known}")
-    found = Optimizer(str(given), _MOMENTS[kind], moved_bytes=_moved(_MOMENTS[kind], None))
+    found = Optimizer(str(given), _KEPT[kind], moved_bytes=_moved(_KEPT[kind], None))
     return replace(found, momentum="pieces") if kind == "muon" else found
 
 

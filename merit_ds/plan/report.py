@@ -102,7 +102,7 @@ def warnings(forecast: Forecast) -> list[str]:
             f"a layer has {1000 * layer:.2g} ms of work a micro-batch: launching kernels, which is not counted, will "
             "take much of the step"
         )
-    data = [transfer for transfer in recipe.transfers if transfer.span == "data"]
+    data = [transfer for transfer in recipe.transfers if transfer.scope == "data"]
     maxima = sum(transfer.sent_bytes for transfer in data if transfer.what in ("maxima", "momentum"))
     everything = sum(transfer.sent_bytes for transfer in data)
     by_bytes, by_time = maxima / everything if everything else 0.0, recipe.time.maxima / total
@@ -190,7 +190,7 @@ def _traffic(forecast: Forecast) -> list[str]:
 
 
 def _transfer(transfer: Transfer) -> str:
-    ranks = f"{transfer.ranks} {transfer.span}"
+    ranks = f"{transfer.ranks} {transfer.scope}"
     return (
         f"  {_WHAT[transfer.what]:<30}{transfer.collective:<16}{ranks:>12}{transfer.calls:>8}"
         f"{_bytes(transfer.handed_bytes):>14}{_bytes(transfer.sent_bytes):>12}"

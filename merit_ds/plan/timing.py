@@ -8,7 +8,7 @@ from math import log2
 from merit_ds.plan.gpus import Gpu
 from merit_ds.plan.optimizers import Optimizer
 from merit_ds.plan.sizes import Sizes, Spread
-from merit_ds.plan.wire import Span, Transfer
+from merit_ds.plan.wire import Scope, Transfer
 from merit_ds.plan.wrapper import Wrapper
 
 
@@ -78,7 +78,8 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return sum(astuple(self))
+        seconds: float = sum(astuple(self))
+        return seconds
 
 
 def step_time(
@@ -101,7 +102,7 @@ def step_time(
     stepped = sizes.partition(spread.ranks) if wrapper.shards else sizes.trained
     spent = dict.fromkeys(("layers", "gradients", "maxima", "momentum", "weights", "norms", "flags"), 0.0)
     for transfer in transfers:
-        bandwidth = ring_bandwidth(cluster, transfer.span, tensor_ranks=spread.tensor_ranks) * assumed.links
+        bandwidth = ring_bandwidth(cluster, transfer.scope, tensor_ranks=spread.tensor_ranks) * assumed.links
         # The flags of micro-batches travel behind work; those after the step do not.
         calls = 1 if transfer.what == "flags" else transfer.calls
         latency = calls * (assumed.call_seconds + assumed.hop_seconds * log2(transfer.ranks))
@@ -118,16 +119,16 @@ def step_time(
     )
 
 
-def ring_bandwidth(cluster: Cluster, span: Span, *, tensor_ranks: int) -> float:
+def ring_bandwidth(cluster: Cluster, scope: Scope, *, tensor_ranks: int) -> float:
     """Bytes/s that a rank of a ring sends: NVLink's, or the network's where it is slower.
 
     A ring that passes a node's g ranks leaves the node once, and NCCL lays as many rings as there are network cards, so
     a group with g ranks in each node has g cards. Tensor-parallel ranks follow one another in a node; each of them is
     in a data-parallel group of its own.
     """
-    if cluster.nodes == 1 or (span == "tensor" and cluster.gpus_per_node % tensor_ranks == 0):
+    if cluster.nodes == 1 or (scope == "tensor" and cluster.gpus_per_node % tensor_ranks == 0):
         return cluster.gpu.nvlink
-    together = {"data": cluster.gpus_per_node / tensor_ranks, "tensor": 1.0, "all": float(cluster.gpus_per_node)}[span]
+    together = {"data": cluster.gpus_per_node / tensor_ranks, "tensor": 1.0, "all": float(cluster.gpus_per_node)}[scope]
     return min(cluster.gpu.nvlink, max(1.0, together) * cluster.network)
 
 

@@ -17,7 +17,7 @@ from merit_ds.plan.paper import MicroBatch
 from merit_ds.plan.sizes import Sizes, Spread
 from merit_ds.plan.wrapper import Wrapper
 
-Span = Literal["data", "tensor", "all"]
+Scope = Literal["data", "tensor", "all"]
 
 _RING: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda ranks: 2 * (ranks - 1) / ranks,
@@ -37,7 +37,7 @@ class Transfer:
     Attributes:
         what: "gradients", "weights", "maxima", "momentum", "norms", "flags" or "layers".
         collective: as torch calls it.
-        span: the ranks: data-parallel, tensor-parallel or all of them.
+        scope: of the ranks: data-parallel, tensor-parallel or all of them.
         ranks: how many those are.
         handed_bytes: that each rank hands in, in a step.
         calls: collectives in a step; of `reduce`, to each owner, as many at least.
@@ -45,7 +45,7 @@ class Transfer:
 
     what: str
     collective: str
-    span: Span
+    scope: Scope
     ranks: int
     handed_bytes: int
     calls: int
@@ -70,12 +70,12 @@ def transfers_of(
         layers: one micro-batch, with what tensor-parallel ranks send in it.
     """
     ranks, tensor_ranks, accumulation = spread.ranks, spread.tensor_ranks, spread.accumulation
-    sizes_of_spans: dict[Span, int] = {"data": ranks, "tensor": tensor_ranks, "all": ranks * tensor_ranks}
+    ranks_of: dict[Scope, int] = {"data": ranks, "tensor": tensor_ranks, "all": ranks * tensor_ranks}
     found: list[Transfer] = []
 
-    def add(what: str, collective: str, span: Span, handed: int, calls: int) -> None:
-        if sizes_of_spans[span] > 1 and handed:
-            found.append(Transfer(what, collective, span, sizes_of_spans[span], handed, calls))
+    def add(what: str, collective: str, scope: Scope, handed: int, calls: int) -> None:
+        if ranks_of[scope] > 1 and handed:
+            found.append(Transfer(what, collective, scope, ranks_of[scope], handed, calls))
 
     buckets = _buckets(wrapper, sizes, layers, ranks)
     times = wrapper.reductions(accumulation)
@@ -91,8 +91,8 @@ def transfers_of(
     if optimizer.momentum:
         collective = "all-to-all" if optimizer.momentum == "pieces" else "all-reduce"
         add("momentum", collective, "data", exchange.momentum_bytes, exchange.momentum_calls)
-    for span, scalars in _scalars(wrapper, len(sizes.groups)).items():
-        add("norms", "all-reduce", span, sum(scalars), len(scalars))
+    for scope, scalars in _scalars(wrapper, len(sizes.groups)).items():
+        add("norms", "all-reduce", scope, sum(scalars), len(scalars))
     # The trainer asks for signals in every micro-batch but the last, and after the step for these and two more flags.
     add("flags", "all-reduce", "all", 4 * (accumulation - 1) + 4 * 3, accumulation)
     for collective, handed in layers.tensor_bytes.items():
@@ -111,7 +111,7 @@ def _buckets(wrapper: Wrapper, sizes: Sizes, layers: MicroBatch, ranks: int) -> 
     return engine_buckets(sizes.in_order, wrapper.bucket)
 
 
-def _scalars(wrapper: Wrapper, groups: int) -> dict[Span, list[int]]:
+def _scalars(wrapper: Wrapper, groups: int) -> dict[Scope, list[int]]:
     """Bytes of the gradient norm's parts and of the overflow flag."""
     number, flag = 4, 1
     if wrapper.kind == "none":

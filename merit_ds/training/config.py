@@ -7,6 +7,7 @@ clipping, optimizer, schedule, monitors) stays in the JSON that `run.deepspeed` 
 """
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -231,6 +232,11 @@ def _known_keys(schema: Any, location: tuple[int | str, ...]) -> list[str]:
         # Below dict[str, Section] and list[Section] the part is a label or a number.
         schema = fields[str(part)].annotation if fields else get_args(schema)[-1]
     return list(schema.model_fields)
+
+
+def padded_vocab(vocab_size: int, *, multiple: int) -> int:
+    """Rows of the embedding: `vocab_size` rounded up to a multiple, whatever the tensor-parallel size."""
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def reference() -> str:

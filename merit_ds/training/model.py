@@ -6,7 +6,6 @@ recipe may ask for RMSNorm, SwiGLU, rotary positions, an output layer of its own
 `merit_ds.training.layers`.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from merit_ds.errors import InputError
-from merit_ds.training.config import ModelConfig
+from merit_ds.training.config import ModelConfig, padded_vocab
 from merit_ds.training.layers import NORMALIZATION, CpuRotaryEmbedding, block_spec
 from merit_ds.training.parallel import allow_sequence_parallel_on_cpu, sum_partial_gradients
 
@@ -42,11 +41,6 @@ def initialise_megatron(*, seed: int, device: torch.device, tensor_parallel: int
     torch.manual_seed(seed)
     if device.type == "cuda":
         model_parallel_cuda_manual_seed(seed)
-
-
-def padded_vocab(vocab_size: int, *, multiple: int) -> int:
-    """Rows of the embedding: `vocab_size` rounded up to a multiple, whatever the tensor-parallel size."""
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def build_model(

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from merit_ds.telemetry.sampler import make_telemetry
 from merit_ds.training.agreement import Agreement, agree, from_rank_zero, together
 from merit_ds.training.checkpoint import save_checkpoint
+from merit_ds.training.config import padded_vocab
 from merit_ds.training.continuing import continue_run, data_order, model_settings
 from merit_ds.training.dataset import micro_batches
 from merit_ds.training.deepspeed_config import MONITORS
@@ -23,7 +24,7 @@ from merit_ds.training.gauss_newton import GaussNewton
 from merit_ds.training.guard.judge import LEAVING
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.interval import Interval
-from merit_ds.training.model import masked_mean, padded_vocab
+from merit_ds.training.model import masked_mean
 from merit_ds.training.plan import Plan
 from merit_ds.training.report import RunFolder, StepReport, add_row, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
