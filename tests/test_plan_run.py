@@ -28,6 +28,7 @@ def optimizer(kind: str, **params: Any) -> dict[str, Any]:
 CASES = [
     Case("stage0"),
     Case("stage0_bf16", BF16),
+    Case("stage0_fp16", FP16),
     Case("stage0_unclipped", {"gradient_clipping": 0.0}),
     Case("recipe", BF16 | SUMS, ONE),
     Case("recipe_padded", BF16 | SUMS, ONE, {"hidden_size": 44}),
@@ -56,6 +57,7 @@ CASES = [
     Case("pair_stage0", {}, model=PAIR),
     Case("pair_recipe", BF16 | SUMS, ONE, PAIR),
     Case("pair_zero2", BF16, TWO, PAIR | {"sequence_parallel": True}),
+    Case("pair_llama", BF16, ONE, PAIR | LLAMA),
     Case("pair_llama_lamb", BF16 | optimizer("MeritLAMB"), ONE, PAIR | LLAMA),
     Case("pair_recomputed", {}, TWO, PAIR | {"activation_checkpointing": True}),
 ]
