@@ -15,7 +15,7 @@ from alone import megatron_alone
 from merit_ds.errors import InputError
 from merit_ds.plan import __main__ as command
 from merit_ds.plan import report
-from merit_ds.plan.curve import curve
+from merit_ds.plan.curve import curve, gpu_counts
 from merit_ds.plan.forecast import Forecast, forecast, on_paper
 from merit_ds.plan.gpus import GPUS
 from merit_ds.plan.ledger import Ledger
@@ -100,8 +100,11 @@ def test_what_the_trainer_refuses_is_refused_in_its_words(monkeypatch, capsys):
         settings = [word for setting in overrides for word in ("--set", setting)]
         assert refused(monkeypatch, capsys, LARGE, "--nodes", str(world // 8), *settings) == str(trainer.value)
     assert "cannot read the recipe" in refused(monkeypatch, capsys, "none.yaml")
-    assert "No such file" in refused(monkeypatch, capsys, LARGE, "--json", "none/plan.json")
-    assert "No such file" in refused(monkeypatch, capsys, LARGE, "--plot", "none/plan.png")
+    for option in ("--json", "--plot"):
+        assert (
+            refused(monkeypatch, capsys, LARGE, option, "none/file") == f"{option} none/file: there is no folder none"
+        )
+        assert refused(monkeypatch, capsys, LARGE, option, str(CONFIGS)).endswith("it is a folder; name a file in it")
 
 
 @pytest.mark.parametrize(
@@ -191,9 +194,25 @@ def test_the_curve_ends_where_the_batch_does(monkeypatch, capsys, tmp_path):
     assert ends == {16: 64, 8: 128, 4: 256, 2: 512, 1: 1024}
     say(monkeypatch, capsys, str(CONFIGS / "gpt2_small_1k.yaml"), "--plot", str(tmp_path / "plan.png"))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    three = ("--plot", str(tmp_path / "none.png"), "--gpus-per-node", "3", "--set", "model.tensor_parallel=3")
-    assert refused(monkeypatch, capsys, str(CONFIGS / "gpt2_small_1k.yaml"), *three)
-    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_curve_s_counts_are_those_of_the_nodes(monkeypatch, capsys, tmp_path):
+    assert gpu_counts(Cluster(H100, 3, 8, 50e9), most=100) == [8, 16, 24, 32, 48, 64, 96]
+    assert gpu_counts(Cluster(H100, 1, 1, 50e9), most=2) == [1, 2]
+    assert gpu_counts(Cluster(H100, 1000, 8, 50e9), most=32) == [8, 16, 32, 8000]
+    six = ("--gpus-per-node", "6", "--set", "model.tensor_parallel=3", "--json", "-")
+    values = json.loads(say(monkeypatch, capsys, str(CONFIGS / "gpt2_small_1k.yaml"), *six))
+    assert [point["gpus"] for point in values["curve"] if point["micro_batch"] == 16] == [6, 12, 24, 48, 96, 192]
+
+
+def test_a_plot_that_fails_takes_nothing_with_it(monkeypatch, capsys, tmp_path):
+    files = ("--plot", str(tmp_path / "plan.none"), "--json", str(tmp_path / "plan.json"))
+    monkeypatch.setattr(sys, "argv", ["plan", str(CONFIGS / "quickstart.yaml"), "--gpus-per-node", "2", *files])
+    with pytest.raises(SystemExit):
+        command.main()
+    said = capsys.readouterr()
+    assert "Format 'none' is not supported" in said.err and "2 GPUs are valid" in said.out
+    assert json.loads((tmp_path / "plan.json").read_text())["curve"]
 
 
 def test_activations_are_those_of_a_real_pass():

@@ -15,6 +15,7 @@ are estimates. docs/plan.md explains every line.
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -40,6 +41,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises: InputError: the recipe, or the recipe on these GPUs, is not valid."""
+    _check_place("--json", arguments.json)
+    _check_place("--plot", arguments.plot)
     config = load_config(arguments.recipe, overrides=arguments.set)
     ds_config = read_deepspeed_json(Path(config.run.deepspeed))
     plan_of(config, ds_config, world=arguments.nodes * arguments.gpus_per_node)
@@ -57,14 +60,26 @@ def run(arguments: argparse.Namespace) -> None:
     with on_paper(config, ds_config) as paper:
         found = forecast(paper, ds_config, cluster, assumed)
         points = curve(paper, ds_config, cluster, assumed) if arguments.plot or arguments.json else []
-    if arguments.plot:
-        draw(points, found, arguments.plot, title=f"{arguments.recipe.stem} on {arguments.gpu}")
     if arguments.json:
         _write_json(arguments.json, report.values(found, points, gpu_name=arguments.gpu))
     if str(arguments.json) != "-":
         print(report.text(found, gpu_name=arguments.gpu))
-        if arguments.plot:
+    if arguments.plot:  # last, so that it takes nothing with it if it fails
+        draw(points, found, arguments.plot, title=f"{arguments.recipe.stem} on {arguments.gpu}")
+        if str(arguments.json) != "-":
             print(f"\ncurve     {arguments.plot}")
+
+
+def _check_place(option: str, path: Path | None) -> None:
+    """Before the work: that a file can be written there."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise InputError(f"{option} {path}: it is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{option} {path}: it may not be written")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -117,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "--plot",
         type=Path,
         metavar="PNG",
-        help="draw the estimated step time from 8 to 4,096 GPUs, and where the batch stops scaling",
+        help="draw the estimated step time from one node to 4,096 GPUs, and where the batch stops scaling",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, in bytes and seconds; - for stdout")
     return parser

@@ -10,6 +10,7 @@ from merit_ds.plan.forecast import Estimate, Forecast, Stage
 from merit_ds.plan.memory import Memory
 from merit_ds.plan.timing import ring_bandwidth
 from merit_ds.plan.wire import Transfer
+from merit_ds.plan.words import in_bytes, in_gb, in_seconds, in_time, plural
 from merit_ds.plan.wrapper import dtype_name, wrapper_of
 from merit_ds.training.schedule import nearest_ranks
 
@@ -87,7 +88,7 @@ def warnings(forecast: Forecast) -> list[str]:
         fitting = [f"stage {row.stage} micro-batch {row.largest}" for row in forecast.stages if row.largest]
         advice = f"what fits: {', '.join(fitting)}" if fitting else f"nothing fits: {_how_to_fit(forecast)}"
         found.append(
-            f"the recipe needs {_gb(recipe.memory.total)} GB of {_gb(forecast.usable_memory)} GB a GPU; {advice}"
+            f"the recipe needs {in_gb(recipe.memory.total)} GB of {in_gb(forecast.usable_memory)} GB a GPU; {advice}"
         )
     share = recipe.time.optimizer / total
     if share > OPTIMIZER_SHARE:
@@ -152,8 +153,8 @@ def _launch(forecast: Forecast, gpu_name: str) -> list[str]:
 
 def _memory(forecast: Forecast) -> list[str]:
     lines = [
-        f"Memory of the fullest GPU at its fullest moment, GB ({_gb(forecast.usable_memory)} can be used); what a rank "
-        "sends in a step, GB",
+        f"Memory of the fullest GPU at its fullest moment, GB ({in_gb(forecast.usable_memory)} can be used); what a "
+        "rank sends in a step, GB",
         f"  {'ZeRO':<5}" + "".join(f"{part:>{_WIDTH[part]}}" for part in PARTS) + f"{'total':>8}  {'fullest in':<10}"
         f"{'sent':>8}{'step':>9}  largest micro-batch",
     ]
@@ -171,12 +172,12 @@ def _stage(row: Stage, forecast: Forecast) -> str:
     if row.estimate is None:
         return f" refused: {row.refusal}"
     memory, ranks = row.estimate.memory, forecast.recipe.ranks
-    parts = "".join(f"{_gb(getattr(memory, part)):>{_WIDTH[part]}}" for part in PARTS)
+    parts = "".join(f"{in_gb(getattr(memory, part)):>{_WIDTH[part]}}" for part in PARTS)
     sent = sum(transfer.sent_bytes for transfer in row.estimate.transfers)
     accumulation = forecast.plan.batch.global_batch // (row.largest * ranks) if row.largest else 0
     largest = f"{row.largest} (accumulation {accumulation})" if row.largest else "none fits"
-    seconds = _seconds(row.estimate.time.total)
-    return f"{parts}{_gb(memory.total):>8}  {memory.moment:<10}{_gb(sent):>8}{seconds:>9}  {largest}"
+    seconds = in_seconds(row.estimate.time.total)
+    return f"{parts}{in_gb(memory.total):>8}  {memory.moment:<10}{in_gb(sent):>8}{seconds:>9}  {largest}"
 
 
 def _traffic(forecast: Forecast) -> list[str]:
@@ -193,7 +194,7 @@ def _transfer(transfer: Transfer) -> str:
     ranks = f"{transfer.ranks} {transfer.scope}"
     return (
         f"  {_WHAT[transfer.what]:<30}{transfer.collective:<16}{ranks:>12}{transfer.calls:>8}"
-        f"{_bytes(transfer.handed_bytes):>14}{_bytes(transfer.sent_bytes):>12}"
+        f"{in_bytes(transfer.handed_bytes):>14}{in_bytes(transfer.sent_bytes):>12}"
     )
 
 
@@ -219,7 +220,7 @@ def _time(forecast: Forecast) -> list[str]:
 
 def _summary(recipe: Estimate) -> str:
     return (
-        f"  {recipe.tokens_per_second:,.0f} tokens/s, MFU {recipe.mfu:.1%}, {_duration(recipe.days)} for the run, "
+        f"  {recipe.tokens_per_second:,.0f} tokens/s, MFU {recipe.mfu:.1%}, {in_time(recipe.days)} for the run, "
         "without evaluation and checkpoints"
     )
 
@@ -248,33 +249,5 @@ def _warnings(forecast: Forecast) -> list[str]:
     return [f"warning: {line}" for line in warnings(forecast)]
 
 
-def plural(count: int, noun: str) -> str:
-    """With its number."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _wrapper(kind: str) -> str:
     return {"none": "no wrapper", "float32 copies": "float32 copies of the weights"}.get(kind, kind)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f}"
-
-
-def _bytes(size: float) -> str:
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"
-
-
-def _duration(days: float) -> str:
-    if days >= 2:
-        return f"{days:.1f} days"
-    if days >= 2 / 24:
-        return f"{24 * days:.1f} hours"
-    return f"{24 * 60 * days:.0f} minutes" if days >= 2 / 24 / 60 else f"{86400 * days:.1f} seconds"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
