@@ -48,6 +48,13 @@ wait_for() {
     return "$status"
 }
 
+# alive GROUP: is a process of that group still running? `kill -0` counts zombies too, and in a container whose first
+# process reaps nobody they stay for ever.
+alive() {
+    # A process that ends meanwhile fails `cat`, so it is the output that tells. After the name: state, parent, group.
+    [[ -n $(cat /proc/[0-9]*/stat 2>/dev/null | sed 's/.*) //' | awk -v group="$1" '$3 == group && $1 != "Z"') ]]
+}
+
 # run_group COMMAND...: run it with everything that it starts as one process group, pass SIGTERM and SIGINT on to all of
 # it, and return its status when the last of them has ended. The deepspeed command itself would die of SIGTERM without a
 # word to its ranks, and as the first process of a container it would not even notice.
@@ -61,7 +68,7 @@ run_group() {
     # shellcheck disable=SC2064
     trap "kill -INT -- -$group" INT
     wait_for "$group" || status=$?
-    while kill -0 -- "-$group" 2>/dev/null; do
+    while alive "$group"; do
         sleep 1
     done
     trap - TERM INT

@@ -92,3 +92,19 @@ def test_a_signal_reaches_every_rank_and_their_saving_is_waited_for(signum: sign
 def test_a_group_s_status_is_its_command_s() -> None:
     script = f"source {LAUNCH}/common.sh; run_group bash -c 'exit {{}}'"
     assert [run("bash", "-c", script.format(status)).returncode for status in (0, 3)] == [0, 3]
+
+
+UNREAPED = """
+import ctypes, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: an orphan is ours, and nobody waits for it
+sys.exit(subprocess.run(sys.argv[1:], timeout=20).returncode)
+"""
+
+
+def test_a_group_has_ended_where_only_a_zombie_is_left() -> None:
+    """In a container whose first process reaps nobody; the orphan is waited for as long as it runs."""
+    script = f"source {LAUNCH}/common.sh; run_group bash -c '(sleep 1.5; echo saved) & exit 3'"
+    started = time.monotonic()
+    finished = run(sys.executable, "-c", UNREAPED, "bash", "-c", script)
+    assert (finished.returncode, finished.stdout) == (3, "saved\n"), finished.stderr
+    assert time.monotonic() - started > 1.5
