@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The preflight's judgement of real facts of this machine, altered one at a time, and what it collects them with."""
 
+import argparse
 import json
 import random
 import socket
@@ -21,12 +22,14 @@ from ranks import free_port
 from test_recipes import CONFIGS, LARGE_SCALE
 
 from merit_ds.errors import InputError
+from merit_ds.preflight import facts as host_facts
 from merit_ds.preflight import meeting as meetings
-from merit_ds.preflight.facts import Facts
-from merit_ds.preflight.hosts import launcher_exports, read_facts, read_hostfile
+from merit_ds.preflight.facts import Facts, collect
+from merit_ds.preflight.hosts import Ssh, launcher_exports, read_facts, read_hostfile
 from merit_ds.preflight.judge import CHECKS, Job, judge
 from merit_ds.preflight.meeting import Meeting, Met, meet
 from merit_ds.preflight.sizes import checkpoint_bytes, parameter_count
+from merit_ds.training.cli import add_arguments
 from merit_ds.training.config import Config, load_config, padded_vocab
 from merit_ds.training.model import build_model
 
@@ -237,6 +240,47 @@ def test_hosts_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == Met() and "what it writes there does not appear here" in str(second.folder_problem)
     assert list(tmp_path.iterdir()) == [other]
     assert "does not appear here" in str(hold(tmp_path, tmp_path / "none")[1].folder_problem)
+
+
+def test_hosts_meet_before_they_read_their_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose disk is slower than the others wait still meets them."""
+    monkeypatch.chdir(folder)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--config", "recipe.yaml"])
+    options.hash_data = False
+    read, port, found = host_facts._data, free_port(), {}
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        if threading.current_thread().name == "0":
+            time.sleep(3)
+        return read(*arguments, **named)
+
+    def look(rank: int) -> None:
+        found[rank] = collect(f"h{rank}", options, Meeting("127.0.0.1", port, "7", rank, 2, seconds=1.5))
+
+    monkeypatch.setattr(host_facts, "_data", slowly)
+    threads = [threading.Thread(target=look, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[rank].met.problem for rank in range(2)] == [None, None]
+    assert [found[rank].data.problem for rank in range(2)] == [None, None]
+
+
+def test_every_host_is_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for ssh ends only when all have started."""
+    (tmp_path / "started").mkdir()
+    stand_in = f"""#!/bin/sh
+cd {tmp_path}/started && : > $$
+until [ -e ../all ]; do set -- *; [ $# -lt 80 ] || : > ../all; sleep 0.5; done
+"""
+    (tmp_path / "ssh").write_text(stand_in)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    answers = list(Ssh(port=None, seconds=30).run({f"h{number}": "true" for number in range(80)}))
+    assert answers == [(f"h{number}", "") for number in range(80)]
 
 
 def test_a_stranger_is_sent_away() -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from merit_ds.errors import InputError
 from merit_ds.preflight.facts import Facts, add_meeting_arguments, collect, meeting_of
-from merit_ds.preflight.hosts import Ssh, facts_command, read_facts, read_hostfile
+from merit_ds.preflight.hosts import Ssh, python_command, read_facts, read_hostfile
 from merit_ds.preflight.judge import CHECKS, Finding, Job, judge
 from merit_ds.preflight.meeting import new_number
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
@@ -98,28 +98,30 @@ def over_ssh(
     options: argparse.Namespace, given: list[str], hosts: list[str]
 ) -> tuple[dict[str, Facts], dict[str, str]]:
     """Ask every host that answers."""
-    silent: dict[str, str] = {}
-    for host, answer in Ssh(port=options.ssh_port, seconds=30).run(dict.fromkeys(hosts, "true")):
-        if isinstance(answer, InputError):
-            silent[host] = f"ssh: {str(answer).removeprefix('ssh: ')}"
+    # Importing comes first, and alone: a host that cannot do it would keep the others waiting at the meeting, and one
+    # that reads its Python from a cold disk would come late.
+    imported = dict.fromkeys(hosts, python_command("-c", "import merit_ds.preflight.facts"))
+    answers = Ssh(port=options.ssh_port, seconds=options.wait).run(imported)
+    silent = {host: str(answer) for host, answer in answers if isinstance(answer, InputError)}
     there = [host for host in hosts if host not in silent]
-    ssh = Ssh(port=options.ssh_port, seconds=options.wait + 300)
+    ssh = Ssh(port=options.ssh_port, seconds=None if options.hash_data else options.wait + 300)
     common = ["--master-addr", options.master_addr or hosts[0], "--master-port", str(options.master_port)]
     common += ["--wait", str(options.wait), "--nodes", str(len(there)), *["--hash-data"] * options.hash_data, *given]
     if there[:1] == hosts[:1]:
         common += ["--meeting", new_number()]
+    module = ["-m", "merit_ds.preflight.facts"]
     commands = {
-        host: facts_command(["--host", host, "--node-rank", str(rank), *common]) for rank, host in enumerate(there)
+        host: python_command(*module, "--host", host, "--node-rank", str(rank), *common)
+        for rank, host in enumerate(there)
     }
     facts: dict[str, Facts] = {}
     for host, answer in tqdm(ssh.run(commands), total=len(commands), desc="preflight", unit="host", disable=None):
-        if isinstance(answer, InputError):
-            silent[host] = str(answer)
-        else:
-            try:
-                (facts[host],) = read_facts(answer)
-            except InputError as error:
-                silent[host] = str(error)
+        try:
+            if isinstance(answer, InputError):
+                raise answer
+            (facts[host],) = read_facts(answer)
+        except InputError as error:
+            silent[host] = str(error)
     return facts, silent
 
 

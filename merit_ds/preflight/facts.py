@@ -113,7 +113,7 @@ def collect(host: str, options: argparse.Namespace, meeting: Meeting | None) -> 
         meeting: None: without.
     """
     config, recipe = _recipe(options)
-    data = None if config is None else _data(config.data, read_all=options.hash_data)
+    # The meeting comes first: reading the data may take one host minutes longer than another.
     # The first host makes the folder, as the trainer's first rank will; on the others it has to appear.
     first = meeting is None or meeting.rank == 0
     made, save = ([], None) if config is None else _save(config.run.save, make=first)
@@ -122,6 +122,7 @@ def collect(host: str, options: argparse.Namespace, meeting: Meeting | None) -> 
         met = None if meeting is None else meet(meeting, folder)
     finally:
         _remove_empty(made)
+    data = None if config is None else _data(config.data, read_all=options.hash_data)
     return Facts(host=host, software=_software(), recipe=recipe, data=data, save=save, machine=_machine(), met=met)
 
 
@@ -216,7 +217,7 @@ def add_meeting_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--meeting", metavar="NUMBER", help="any number, the same on all hosts; without, none is held")
     parser.add_argument("--node-rank", type=int, help="of this host; 0 is the master")
     parser.add_argument("--nodes", type=int, default=1, help="hosts that come to the meeting (%(default)s)")
-    parser.add_argument("--wait", type=float, default=60, metavar="SECONDS", help="for the others (%(default)s)")
+    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for the others (%(default)s)")
 
 
 def meeting_of(options: argparse.Namespace) -> Meeting | None:

@@ -3,10 +3,11 @@
 
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,6 @@ SSH = (
     "ServerAliveCountMax=3",
 )
 """Asks nobody for a password, and gives up a host that does not answer for 10 to 15 s."""
-AT_ONCE = 64
-"""Connections at a time."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -109,14 +108,19 @@ def launcher_exports() -> str:
 class Ssh:
     """Commands on the hosts, by way of ssh."""
 
-    def __init__(self, *, port: int | None, seconds: float) -> None:
-        """Args: seconds: after which a command that has not ended is given up."""
+    def __init__(self, *, port: int | None, seconds: float | None) -> None:
+        """Args: seconds: after which a command that has not ended is given up; None: never."""
         self._ssh = [*SSH, *([] if port is None else ["-p", str(port)])]
         self._seconds = seconds
 
     def run(self, commands: dict[str, str]) -> Iterator[tuple[str, str | InputError]]:
-        """Run a command on each host at once: what it printed, or why there is nothing, as they end."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        """Run a command on each host at once: what it printed, or why there is nothing, as they end.
+
+        All of them, however many: those that waited for a free thread would come too late to the meeting.
+        """
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection needs two pipes
+        with ThreadPoolExecutor(len(commands) or 1) as pool:
             yield from zip(commands, pool.map(self._one, commands.items()), strict=True)
 
     def _one(self, item: tuple[str, str]) -> str | InputError:
@@ -137,7 +141,7 @@ class Ssh:
         return finished.stdout
 
 
-def facts_command(arguments: Iterable[str]) -> str:
+def python_command(*arguments: str) -> str:
     """As the launcher would start a rank: in this folder, by this Python, with what it exports."""
-    command = shlex.join([sys.executable, "-m", "merit_ds.preflight.facts", *arguments])
+    command = shlex.join([sys.executable, *arguments])
     return f"{launcher_exports()}cd {shlex.quote(os.path.abspath('.'))} && {command}"

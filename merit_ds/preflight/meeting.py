@@ -73,7 +73,7 @@ def _token(meeting: Meeting, folder: Path) -> Path:
 def _listen(meeting: Meeting, folder: Path | None) -> Met:
     token = None if folder is None else _token(meeting, folder)
     try:
-        listener = socket.create_server(("", meeting.port))
+        listener = socket.create_server(("", meeting.port), backlog=meeting.hosts)
     except OSError as error:
         return Met(
             problem=f"cannot listen on port {meeting.port}: {os.strerror(error.errno or 0)}; "
