@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import REPOSITORY
@@ -96,7 +98,7 @@ def test_a_group_s_status_is_its_command_s() -> None:
 
 UNREAPED = """
 import ctypes, subprocess, sys
-assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: an orphan is ours, and nobody waits for it
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: nobody waits for an orphan
 sys.exit(subprocess.run(sys.argv[1:], timeout=20).returncode)
 """
 
@@ -108,3 +110,91 @@ def test_a_group_has_ended_where_only_a_zombie_is_left() -> None:
     finished = run(sys.executable, "-c", UNREAPED, "bash", "-c", script)
     assert (finished.returncode, finished.stdout) == (3, "saved\n"), finished.stderr
     assert time.monotonic() - started > 1.5
+
+
+STAND_INS = {
+    "srun": """
+case "$*" in
+*preflight.facts*) echo "$MEETING" >>meetings; [ "$SLOW" != preflight ] || exec sleep 12; exit "$PREFLIGHT" ;;
+*) [ "$SLOW" != train ] || exec sleep 12; exit "$TRAIN" ;;
+esac""",
+    "scontrol": 'case "$1" in hostnames) ;; requeue) echo requeue ;; *) echo h0 ;; esac',
+    "python": "cat >/dev/null",
+}
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    """launch/slurm.sbatch with stand-ins for Slurm and Python: what it makes of their statuses."""
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def start(preflight: int = 0, train: int = 0, *, restarts: int = 0, slow: str = "") -> "subprocess.Popen[str]":
+        numbers = {"JOB_ID": 7, "NTASKS_PER_NODE": 1, "NNODES": 1, "JOB_NODELIST": "h0", "RESTART_COUNT": restarts}
+        variables = {f"SLURM_{name}": str(value) for name, value in numbers.items()}
+        variables |= {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PREFLIGHT": str(preflight), "TRAIN": str(train)}
+        command = ["bash", "launch/slurm.sbatch", "quickstart"]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=variables | {"SLOW": slow}, stdout=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("preflight", "train", "restarts", "status", "again"),
+    [
+        (0, 0, 0, 0, False),
+        (0, 1, 3, 1, False),  # an error that the run has explained
+        (0, 70, 0, 70, True),
+        (0, 137, 0, 137, True),
+        (1, 0, 0, 1, False),
+        (137, 0, 0, 1, False),
+        (1, 0, 1, 1, True),  # it was well before
+    ],
+)
+def test_a_slurm_job_that_fails_is_queued_again_where_that_may_help(
+    slurm_job: Any, preflight: int, train: int, restarts: int, status: int, again: bool
+) -> None:
+    process = slurm_job(preflight, train, restarts=restarts)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, "requeue" in output.split()) == (status, again), output
+    assert ("restart 1 of 10" in output) == again
+
+
+def test_a_slurm_job_s_failures_are_counted_from_its_newest_checkpoint(slurm_job: Any, tmp_path: Path) -> None:
+    """In the run's folder, and not once more when all is well."""
+    folder = tmp_path / "runs" / "quickstart"
+
+    def failed(*statuses: int) -> str:
+        return str(slurm_job(*statuses).communicate(timeout=60)[0])
+
+    assert "restart 1 of 10" in failed(0, 137) and "restart 2 of 10" in failed(0, 137)
+    (folder / "latest").write_text("global_step9")
+    assert "restart 1 of 10" in failed(0, 137)
+    (folder / ".failures-7").write_text("10 global_step9\n")
+    assert failed(0, 137) == "" and list(folder.iterdir()) == [folder / "latest"]
+    assert "restart 1 of 10" in failed(0, 137) and failed(0, 0) == ""
+    assert list(folder.iterdir()) == [folder / "latest"]
+    numbers = (tmp_path / "meetings").read_text().split()
+    assert len(numbers) == 6 == len(set(numbers)) and all(len(number) == 16 for number in numbers)
+
+
+@pytest.mark.parametrize("slow", ["preflight", "train"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda signum: signum.name)
+def test_a_slurm_job_s_signals(slurm_job: Any, tmp_path: Path, slow: str, signum: signal.Signals) -> None:
+    """Ahead of its time limit it is queued again, and that is no failure; cancelled or preempted that is Slurm's."""
+    process = slurm_job(slow=slow)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "meetings").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signum)
+    output = process.stdout.readline()  # the stand-in of a preflight may outlive it, as Slurm's own would not
+    assert process.wait(timeout=20) != 0
+    assert ("the time limit is near" in output) == (signum == signal.SIGUSR1)
+    assert not (tmp_path / "runs").exists()
