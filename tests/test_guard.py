@@ -13,7 +13,7 @@ import launch
 import psutil
 import pytest
 
-from merit_ds.training.guard.judge import GRACE_SECONDS, LEAVE_SECONDS, SETTLE_SECONDS, SLOW, Judge
+from merit_ds.training.guard.judge import LEAVE_SECONDS, SETTLE_SECONDS, SLOW, Judge
 from merit_ds.training.watch import GUARD
 
 TIMEOUT = 20.0

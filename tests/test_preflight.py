@@ -31,6 +31,7 @@ from merit_ds.preflight.meeting import Meeting, Met, meet
 from merit_ds.preflight.sizes import checkpoint_bytes, parameter_count
 from merit_ds.training.cli import add_arguments
 from merit_ds.training.config import Config, load_config, padded_vocab
+from merit_ds.training.manifest import Manifest, write_manifest
 from merit_ds.training.model import build_model
 
 RECIPE = """
@@ -78,6 +79,7 @@ def here(folder: Path) -> Facts:
         "chosen": {},
         "shm_free": 10**11,
         "open_files": 10**5,
+        "open_files_hard": 10**5,
         "devices": 2,
     }
     return altered(facts, met=Met(), machine=facts.machine.model_copy(update=fit))
@@ -118,6 +120,7 @@ def test_two_hosts_like_this_one_are_well(config: Config, here: Facts) -> None:
         ({"met": Met(folder_problem="not the first host's")}, "run.save", "not the first host's"),
         ({"save__problem": "cannot be written"}, "run.save", "cannot be written"),
         ({"save__free_bytes": 10**6}, "disk", "1.0 MB free, but 3 more checkpoints of about 0.7 MB"),
+        ({"save__free_bytes": 10**6, "save__checkpoints": 2, "save__ranks": 1}, "disk", "1 ranks, converted for 2"),
         ({"met": Met(clock_seconds=-60.0)}, "clock", "60 s behind"),
         ({"machine__open_files": 1024}, "limits", "1024 open files"),
         ({"machine__device": "cuda", "machine__locked_memory": 65536}, "limits", "InfiniBand"),
@@ -142,7 +145,8 @@ def test_what_is_wrong_is_said_of_the_host(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"save__free_bytes": 10**6, "save__checkpoints": 2},  # room for the one that is being written
+        {"save__free_bytes": 10**6, "save__checkpoints": 2, "save__ranks": 2},  # room for the one being written
+        {"machine__open_files_hard": 64},  # not where rank 0 is
         {"met": Met(clock_seconds=4.0)},
         {"machine__own_address": "127.0.1.1", "machine__chosen": {"GLOO_SOCKET_IFNAME": "lo"}},
         {"machine__chosen": {"NCCL_SOCKET_IFNAME": "^docker,lo"}, "machine__interfaces": ["eth0"]},
@@ -161,6 +165,37 @@ def test_several_ranks_of_a_host_need_shared_memory_and_a_batch_that_fits(config
     ]
     assert "6 data-parallel ranks = 12; the nearest that fit: train_batch_size 12" in found[0][2]
     assert [fatal for *_, fatal in found] == [True, False, True, False]
+
+
+def test_the_first_host_s_guard_needs_a_file_for_each_rank(config: Config, here: Facts) -> None:
+    for limit, says in ((101, ["101 open files at most (ulimit -Hn)"]), (102, []), (-1, [])):
+        found = findings(config, altered(here, machine__open_files_hard=limit), here)
+        assert [(host, check, text[:35], fatal) for host, check, text, fatal in found] == [
+            ("h0", "limits", text, True) for text in says
+        ]
+
+
+def test_fewer_hosts_have_to_fit_as_well(config: Config, here: Facts) -> None:
+    """Batches of 8 in micro-batches of 2: 4 and 2 and 1 ranks fit, 3 do not."""
+    hosts = dict.fromkeys(("h0", "h1", "h2", "h3"), 1)
+    facts = {host: altered(here, host=host) for host in hosts}
+    for fewest, fatal in ((None, []), (4, []), (3, [True]), (2, [False]), (1, [False])):
+        found = judge(Job(hosts, config, fewest), facts, {})
+        assert [one.fatal for one in found] == fatal
+        assert all(one.text.startswith("with 3 hosts: ") and "3 data-parallel ranks" in one.text for one in found)
+
+
+def test_the_ranks_of_the_newest_checkpoint_are_read(tmp_path: Path) -> None:
+    """Where they bind: neither in a universal one nor without ZeRO."""
+    _, none = host_facts._save(str(tmp_path), make=False)
+    assert (none.checkpoints, none.ranks) == (0, None)
+    kinds: list[tuple[dict[str, Any], int | None]] = [({}, 4), ({"universal": True}, None), ({"zero_stage": 0}, None)]
+    for number, (changes, ranks) in enumerate(kinds, start=1):
+        (tmp_path / f"global_step{number}").mkdir()
+        fields = {"sequence": number, "step": number, "zero_stage": 2, "setup": {"ranks": 4}, "model": {}, "files": {}}
+        write_manifest(tmp_path / f"global_step{number}", Manifest(**fields | changes))
+        _, save = host_facts._save(str(tmp_path), make=False)
+        assert (save.checkpoints, save.ranks, save.problem) == (number, ranks, None)
 
 
 def test_a_silent_host_comes_with_its_reason(config: Config, here: Facts) -> None:

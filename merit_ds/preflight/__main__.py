@@ -35,6 +35,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, argparse.Nam
     parser.add_argument("recipe", help="the YAML that pretrain_gpt.py --config takes")
     parser.add_argument("--hostfile", type=Path, help="DeepSpeed's: a line NAME slots=N for each host")
     parser.add_argument("--slots", type=int, default=1, help="ranks of each host, without a hostfile (%(default)s)")
+    parser.add_argument(
+        "--fewest-nodes", type=int, metavar="N", help="torchrun's MIN: does the recipe fit that many hosts as well?"
+    )
     parser.add_argument("--ssh-port", type=int, metavar="PORT", help="of the hosts' ssh servers")
     parser.add_argument(
         "--facts", type=Path, nargs="+", metavar="FILE", help="judge these, and ask no host; - is stdin"
@@ -54,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Look, judge, print; 1 where something is wrong, else 0."""
     options, trainer, given = parse(arguments)
     slots = read_hostfile(options.hostfile) if options.hostfile else _numbered(options)
-    job = Job(slots=slots, config=resolve_config(trainer))
+    if options.fewest_nodes is not None and not 1 <= options.fewest_nodes <= len(slots):
+        raise InputError(f"--fewest-nodes {options.fewest_nodes}: there are {len(slots)}; it is 1 to that")
+    job = Job(slots=slots, config=resolve_config(trainer), fewest=options.fewest_nodes)
     facts, silent = gather(options, trainer, given, slots)
     findings = judge(job, facts, silent)
     for line in table(findings):

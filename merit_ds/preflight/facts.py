@@ -68,6 +68,8 @@ class Save(Section):
     free_bytes: int
     checkpoints: int
     """That lie there already."""
+    ranks: int | None
+    """That the newest of them fits; None where there is none, or it fits any number."""
 
 
 class Machine(Section):
@@ -80,8 +82,9 @@ class Machine(Section):
     """As `cpu_comm.state` says."""
     shm_free: int
     open_files: int
+    open_files_hard: int
+    """The soft limit, and the one up to which a process may raise it; -1 is unlimited, also below."""
     locked_memory: int
-    """The limits of both; -1 is unlimited."""
     own_address: str | None
     """What the host's own name means to it; gloo listens there unless it is given an interface."""
     interfaces: list[str]
@@ -163,7 +166,7 @@ def _data(data: DataConfig, *, read_all: bool) -> Data:
 def _save(name: str | None, *, make: bool) -> tuple[list[Path], Save]:
     """Look at `run.save`; which folders were made for that, the innermost first."""
     if name is None:
-        return [], Save(path=None, problem=None, free_bytes=0, checkpoints=0)
+        return [], Save(path=None, problem=None, free_bytes=0, checkpoints=0, ranks=None)
     folder = Path(name)
     made = [path for path in (folder, *folder.parents) if make and not path.exists()]
     problem = None
@@ -176,8 +179,11 @@ def _save(name: str | None, *, make: bool) -> tuple[list[Path], Save]:
         problem = f"cannot make {folder}: {error.strerror}"
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    checkpoints = 0 if problem else len(read_checkpoints(folder)[0])
-    return made, Save(path=name, problem=problem, free_bytes=free, checkpoints=checkpoints)
+    checkpoints = [] if problem else [one.manifest for one in read_checkpoints(folder)[0]]
+    newest = checkpoints[0] if checkpoints else None
+    sharded = newest is not None and not newest.universal and newest.zero_stage > 0
+    ranks = newest.setup.get("ranks") if newest and sharded else None
+    return made, Save(path=name, problem=problem, free_bytes=free, checkpoints=len(checkpoints), ranks=ranks)
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -189,6 +195,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def _machine() -> Machine:
     accelerator = get_accelerator()
     device = accelerator.device_name()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         own_address = socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -198,7 +205,8 @@ def _machine() -> Machine:
         devices=len(os.sched_getaffinity(0)) if device == "cpu" else accelerator.device_count(),
         comm_op=cpu_comm.state(),
         shm_free=shutil.disk_usage("/dev/shm").free,
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        open_files=soft,
+        open_files_hard=hard,
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         own_address=own_address,
         interfaces=[name for _, name in socket.if_nameindex()],

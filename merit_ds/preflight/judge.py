@@ -20,6 +20,8 @@ from merit_ds.training.plan import plan_of
 CLOCK_SECONDS = 5.0
 """Clocks that differ by more are worth a warning: logs do not line up, and munge, Slurm's, refuses beyond minutes."""
 OPEN_FILES = 4096
+GUARD_FILES = 100
+"""What the guard of rank 0 has open besides a connection for each rank, with room."""
 NCCL_SHM_BYTES = 2**30
 """NCCL's ranks of one host talk through /dev/shm; a container that was not told otherwise has 64 MiB."""
 
@@ -31,10 +33,17 @@ class Job:
     Attributes:
         slots: ranks of each host, by the hostfile's names and in its order.
         config: the recipe.
+        fewest: hosts with which it may start, or go on after a loss; None: all.
     """
 
     slots: dict[str, int]
     config: Config
+    fewest: int | None = None
+
+    @property
+    def world(self) -> int:
+        """Ranks of all hosts."""
+        return sum(self.slots.values())
 
 
 @dataclass(frozen=True)
@@ -74,11 +83,15 @@ def _differing(facts: dict[str, Facts], value: Callable[[Facts], Value]) -> Iter
 
 
 def check_batch(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
-    """The recipe's batch and schedule fit this number of ranks."""
-    try:
-        plan_of(job.config, read_deepspeed_json(Path(job.config.run.deepspeed)), world=sum(job.slots.values()))
-    except InputError as error:
-        yield Finding("all", "batch", str(error))
+    """The recipe's batch and schedule fit this number of ranks, and that of the fewest hosts; between, it is told."""
+    every = len(job.slots)
+    for hosts in range(job.fewest or every, every + 1):
+        world = sum(list(job.slots.values())[:hosts])
+        try:
+            plan_of(job.config, read_deepspeed_json(Path(job.config.run.deepspeed)), world=world)
+        except InputError as error:
+            with_fewer = "" if hosts == every else f"with {hosts} host{'s'[: hosts != 1]}: "
+            yield Finding("all", "batch", f"{with_fewer}{error}", fatal=hosts in (job.fewest, every))
 
 
 def check_versions(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
@@ -153,19 +166,22 @@ def check_shared(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
 
 
 def check_disk(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
-    """The checkpoints that `run.keep_checkpoints` keeps fit, with the one that is being written."""
+    """The checkpoints that `run.keep_checkpoints` keeps fit, with the one being written and the newest's conversion."""
     keep = job.config.run.keep_checkpoints
     for host, one in facts.items():
         if one.save is None or one.save.path is None or one.save.problem or not one.data or not one.data.vocab_size:
             continue
         size = checkpoint_bytes(job.config, vocab_size=one.data.vocab_size)
-        wanted = max(1, keep + 1 - one.save.checkpoints)
+        converted = one.save.ranks not in (None, job.world)
+        wanted = max(1, keep + 1 - one.save.checkpoints) + converted
+        which = f"run.keep_checkpoints {keep}, the one being written"
+        which += f", and the newest, of {one.save.ranks} ranks, converted for {job.world}" if converted else ""
         if one.save.free_bytes < wanted * size:
             yield Finding(
                 host,
                 "disk",
                 f"{one.save.path}: {gigabytes(one.save.free_bytes)} free, but {wanted} more checkpoints of about "
-                f"{gigabytes(size)} are to lie there at once (run.keep_checkpoints {keep}, and the one being written)",
+                f"{gigabytes(size)} are to lie there at once ({which})",
             )
 
 
@@ -181,6 +197,10 @@ def check_clock(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
 
 def check_limits(job: Job, facts: dict[str, Facts]) -> Iterator[Finding]:
     """Limits that stop NCCL or a large run."""
+    first, wanted = next(iter(job.slots)), job.world + GUARD_FILES
+    if first in facts and 0 <= facts[first].machine.open_files_hard < wanted:
+        text = f"{facts[first].machine.open_files_hard} open files at most (ulimit -Hn), but rank 0's guard holds a "
+        yield Finding(first, "limits", f"{text}connection for each of {job.world} ranks: raise it to {wanted}")
     for host, one in facts.items():
         if 0 <= one.machine.open_files < OPEN_FILES:
             text = f"{one.machine.open_files} open files at most (ulimit -n); {OPEN_FILES} and more are wanted"
