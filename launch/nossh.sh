@@ -5,7 +5,7 @@
 #
 #   RECIPE               a YAML, or the name of one in configs/
 #   --nodes N            how many there are
-#   --node-rank I        which one this is, 0 to N-1; in a StatefulSet the number behind the pod's name
+#   --node-rank I        which one this is, 0 to N-1; in a Kubernetes Indexed Job $JOB_COMPLETION_INDEX
 #   --master-addr A      node 0, as the others know it
 #   --ranks-per-node R   GPUs of a node
 #   --master-port P      where the ranks meet (default 29500)
