@@ -318,11 +318,20 @@ until [ -e ../all ]; do set -- *; [ $# -lt 80 ] || : > ../all; sleep 0.5; done
     assert answers == [(f"h{number}", "") for number in range(80)]
 
 
-def test_a_stranger_is_sent_away() -> None:
+def test_a_stranger_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meetings, "STRANGER_SECONDS", 0.5)  # before the listener's own time is up
     start = time.monotonic()
     first, second = hold(None, None, numbers="78", seconds=2)
-    assert first == Met() and "something else answers there" in str(second.problem)
+    assert first == Met() and "something else listens there" in str(second.problem)
     assert time.monotonic() - start < 30
+
+
+def test_a_port_that_something_else_holds_in_silence_is_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meetings, "STRANGER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        start = time.monotonic()
+        met = meet(Meeting("127.0.0.1", holder.getsockname()[1], "7", 1, 2, 60), None)
+    assert "something else listens there" in str(met.problem) and time.monotonic() - start < 30
 
 
 def test_a_master_that_is_not_there() -> None:

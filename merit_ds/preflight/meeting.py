@@ -19,6 +19,13 @@ from merit_ds.training.config import Section
 VISIBLE_SECONDS = 10.0
 """How long a host looks for the first one's file: NFS may keep an older listing of the folder for some seconds."""
 
+STRANGER_SECONDS = 30.0
+"""How long a host tries where something else answers, or nothing is said: the first host cannot listen there then."""
+
+
+class _StrangerError(OSError):
+    """What listens there is not the first host's meeting."""
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -116,16 +123,17 @@ def _receive(listener: socket.socket, meeting: Meeting) -> None:
 
 
 def _come(meeting: Meeting, folder: Path | None) -> Met:
-    deadline = time.monotonic() + meeting.seconds
+    begun = time.monotonic()
     place = (meeting.address, meeting.port)
     while True:
         try:
             with socket.create_connection(place, timeout=5) as connection:
-                connection.settimeout(meeting.seconds)
+                connection.settimeout(min(meeting.seconds, STRANGER_SECONDS))
                 return _talk(connection, meeting, folder)
         except OSError as error:
             reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
+            patience = STRANGER_SECONDS if isinstance(error, _StrangerError) else meeting.seconds
+        if time.monotonic() > begun + min(patience, meeting.seconds):
             return Met(
                 problem=f"cannot reach {meeting.address}:{meeting.port}, where the ranks will meet: {reason}; "
                 "a firewall, or --master-addr is not an address by which this host knows the first"
@@ -137,12 +145,12 @@ def _talk(connection: socket.socket, meeting: Meeting, folder: Path | None) -> M
     stream = connection.makefile("rw", encoding="ascii", newline="\n")
     sent = time.time()
     print(meeting.number, file=stream, flush=True)
-    answer = stream.readline()
-    received = time.time()
     try:
+        answer = stream.readline()
+        received = time.time()
         clock = (sent + received) / 2 - float(answer)
-    except ValueError:
-        raise ConnectionRefusedError(0, "something else answers there") from None
+    except (TimeoutError, ValueError):
+        raise _StrangerError("something else listens there") from None
     seen = folder is None or _appears(_token(meeting, folder))
     print("done", file=stream, flush=True)
     problem = None if seen else f"{folder} is not the first host's: what it writes there does not appear here"
