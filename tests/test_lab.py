@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -286,6 +287,10 @@ def test_runs_that_the_machine_fails_are_no_results(folder, tmp_path):
     assert not list((folder / "broken").rglob("result.json")) and not results(folder / "broken")
 
 
+no_slurm = pytest.mark.skipif(shutil.which("sbatch") is not None, reason="there is an sbatch, which would submit")
+
+
+@no_slurm
 def test_an_array_of_tasks_does_each_run_once(folder):
     """The script that --slurm writes, run by bash as Slurm would, one task twice at the same time; on two ranks."""
     planned = lab(folder, "pair", "array", "--slurm", "--sbatch=--time=1:00", "--ranks", "2")
@@ -314,6 +319,7 @@ def test_an_array_of_tasks_does_each_run_once(folder):
     assert "nothing to submit" in nothing.stdout
 
 
+@no_slurm
 def test_a_task_that_was_to_have_gpus_does_not_start_without(folder):
     variables = environment() | {"CUDA_VISIBLE_DEVICES": "", "SLURM_ARRAY_TASK_ID": "1"}
     del variables["DS_ACCELERATOR"]

@@ -83,7 +83,14 @@ def test_a_signal_reaches_every_rank_and_their_saving_is_waited_for(signum: sign
     (tmp_path / "rank.py").write_text(RANK)
     launcher = f"trap - INT; {sys.executable} {tmp_path}/rank.py & wait"
     script = f'set -euo pipefail; source {LAUNCH}/common.sh; run_group bash -c "{launcher}"; exit 0'
-    process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests in the background inherit that SIGINT is ignored, and bash lets nobody trap what was ignored before it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signum)
     started = time.monotonic()

@@ -85,11 +85,6 @@ def _refuse_unranked() -> None:
                 f"{name} is {os.environ[name]}, but RANK and WORLD_SIZE are not set: start by deepspeed or torchrun, "
                 "or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process"
             )
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in os.environ:
-            raise InputError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set; deepspeed and torchrun do"
-            )
 
 
 def _check_tensor_parallel(model: ModelConfig, ds_config: dict[str, Any], *, ranks: int) -> None:

@@ -201,6 +201,9 @@ def _wait_for(address: str, port: int, *, timeout: float) -> None:
 
 def _open_store(plan: Plan) -> Store:
     """The rendezvous' own store: its server is rank 0, or torchrun's agent, which serves the next attempt as well."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(f"WORLD_SIZE is {plan.world}, but {name} is not set, as launchers do")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = plan.config.run.timeout
     serves = plan.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
