@@ -66,6 +66,31 @@ def final_loss(optimizer: str, batch: int, lr: float, seed: int, ablation: str |
     )
 
 
+def _outcome(loss: float, status: str | None, reason: str | None) -> dict[str, object]:
+    """How a run of that loss ended, unless it is said."""
+    status = status or ("done" if math.isfinite(loss) else "diverged")
+    final = loss if status == "done" else None
+    return {
+        "status": status,
+        "reason": reason or ("12 bad steps in a row" if status == "diverged" else None),
+        "final_valid_loss": final,
+        "best_valid_loss": final,
+    }
+
+
+def _circumstances(optimizer: str, batch: int) -> dict[str, object]:
+    """What a run took, and with what it was made."""
+    return {
+        "seconds_per_step": SECONDS[optimizer] * batch / 64,
+        "tflops_per_gpu": 0.09 / SECONDS[optimizer] * 0.18,
+        "wall_seconds": 4000.5,
+        "git": "abc1234",
+        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "apex": None},
+        "time": "2026-01-02T03:04:05",
+        "device": "cpu (x86_64)",
+    }
+
+
 def write_run(
     study: Path,
     *,
@@ -83,36 +108,13 @@ def write_run(
 ) -> Path:
     """One run's folder with all of its files."""
     loss = final_loss(optimizer, batch, lr, seed, ablation)
-    status = status or ("done" if math.isfinite(loss) else "diverged")
     id_ = f"{ablation or optimizer}-b{batch}-lr{lr:g}-s{seed}".replace(" ", "_")
     folder = study / "runs" / id_
     folder.mkdir(parents=True)
     steps = TOKENS // (batch * SEQUENCE)
-    result = {
-        "id": id_,
-        "point": {
-            "optimizer": optimizer,
-            "model": model,
-            "batch": batch,
-            "tokens": TOKENS,
-            "lr": lr,
-            "seed": seed,
-            "ablation": ablation,
-        },
-        "status": status,
-        "reason": reason or ("12 bad steps in a row" if status == "diverged" else None),
-        "steps": steps,
-        "final_valid_loss": loss if status == "done" else None,
-        "best_valid_loss": loss if status == "done" else None,
-        "seconds_per_step": SECONDS[optimizer] * batch / 64,
-        "tflops_per_gpu": 0.09 / SECONDS[optimizer] * 0.18,
-        "wall_seconds": 4000.5,
-        "git": "abc1234",
-        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "apex": None},
-        "time": "2026-01-02T03:04:05",
-        "device": "cpu (x86_64)",
-        "jobs": jobs,
-    }
+    point = {"optimizer": optimizer, "model": model, "batch": batch, "tokens": TOKENS, "lr": lr, "seed": seed}
+    result = {"id": id_, "point": point | {"ablation": ablation}, "steps": steps, "jobs": jobs}
+    result |= _outcome(loss, status, reason) | _circumstances(optimizer, batch)
     (folder / "result.json").write_text(json.dumps(result))
     recipe = {
         "model": {"num_layers": LAYERS, "hidden_size": width, "num_attention_heads": 4},

@@ -47,7 +47,8 @@ def test_a_weight_that_was_left_alone_counts_as_unchanged(fused):
     loss = (frozen * frozen).sum()
     frozen.grad = None
     Merit([weight, frozen], fused=fused, **SETTINGS).step()
-    loss.backward()
+    loss.backward()  # autograd would refuse a tensor that had been written to
+    assert torch.equal(frozen.grad, 2 * frozen)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from merit_ds.errors import UnsupportedError
+
 _COLLECTIVES = {
     "c10d::allreduce_": ("all-reduce", 0),
     "c10d::reduce_": ("reduce", 0),
@@ -47,7 +49,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         sent: the collectives, in order.
 
     Raises:
-        NotImplementedError: within it, for a collective that it does not know.
+        UnsupportedError: within it, for a collective that it does not know.
     """
 
     def __init__(self, known: Iterable[torch.UntypedStorage], *, counted: bool = False) -> None:
@@ -89,7 +91,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _sent(name: str, args: Any) -> Sent:
     if name not in _COLLECTIVES:
-        raise NotImplementedError(f"{name} is not among the collectives that a plan counts")
+        raise UnsupportedError(f"no plan of this set-up: it calls {name}, and what that sends is not known")
     collective, position = _COLLECTIVES[name]
     group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
     tensors = (leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, torch.Tensor))

@@ -85,9 +85,13 @@ def wait_for_step(process: "subprocess.Popen[str]", save: Path, step: int) -> No
 
 
 def wait_until(
-    condition: Callable[[], Any], process: "subprocess.Popen[str] | None" = None, *, within: float = 300
+    condition: Callable[[], Any],
+    process: "subprocess.Popen[str] | None" = None,
+    *,
+    within: float = 300,
+    every: float = 0.02,
 ) -> None:
-    """Wait; where the process ends before that, fail with its output."""
+    """Wait, looking again after `every` seconds; where the process ends before that, fail with its output."""
     deadline = time.monotonic() + within
     while not condition():
         ended = process is not None and process.poll() is not None
@@ -97,7 +101,15 @@ def wait_until(
                 process.kill()
                 output = process.communicate()[0]
             raise AssertionError(f"{'ended' if ended else 'waited in vain'}:\n{output}")
-        time.sleep(0.02)
+        time.sleep(every)
+
+
+def is_newer(path: Path, than: float) -> bool:
+    """Whether the file or folder is there and was written after that time."""
+    try:
+        return path.stat().st_mtime > than
+    except FileNotFoundError:
+        return False
 
 
 def saved_step(save: Path) -> int:

@@ -47,8 +47,7 @@ def begin(hosts, folder, save, *, steps):
     since, begun = job.saved_step(folder / save), time.time()
     process = start(hosts, folder, save)
     # The steps' lines may be there from before; beginning takes them away.
-    description = folder / save / "run.json"
-    job.wait_until(lambda: description.exists() and description.stat().st_mtime > begun, process)
+    job.wait_until(lambda: job.is_newer(folder / save / "run.json", begun), process)
     job.wait_for_step(process, folder / save, since + steps)
     return process
 

@@ -98,7 +98,7 @@ class Judge:
         active = {rank: known for rank, known in self.ranks.items() if not known.left}
         if any(counts <= now for _, _, counts, _ in self.news):
             # A host that lost its power breaks no connection: its neighbours fail first, and only look like the cause.
-            return self._silence(active, now, 4 * self.beat) or min(self.news)[3]
+            return self._silence(active, now, max(4 * self.beat, LEAVE_SECONDS)) or min(self.news)[3]
         absent = [rank for rank in range(self.world) if rank not in self.ranks]
         if absent and now - self.now > self.timeout:
             return f"{_ranks(absent)} of {self.world} did not start within {self.timeout:g} s"
