@@ -115,3 +115,17 @@ def test_torchrun_restarts_what_a_killed_rank_has_ended(hosts: Hosts, folder: Pa
     assert len(named) == 1 and " on h1 was killed or crashed while " in named[0], named
     assert "continuing from step " in "".join(outputs)
     assert_same_run(folder / "killed", folder / "calm")
+
+
+def test_torchrun_goes_on_with_the_hosts_that_are_left(hosts: Hosts, folder: Path) -> None:
+    """A host crashes for good: by itself, with fewer ranks and the same batch."""
+    job.write_recipe(folder, steps=24, batch=4, micro_batch=2, save_interval=4, timeout=20)
+    argv = command("torchrun.sh", "--nodes", "1:2", "--ranks-per-node", "1", "--master-addr", "h0", save="fewer")
+    first, _ = [hosts.start(host, *argv, cwd=folder, env=VARIABLES) for host in (0, 1)]
+    job.wait_for_step(first, folder / "fewer", 6)
+    hosts.crash(1)
+    output = job.finish(first, within=400)
+    hosts.boot(1)
+    assert first.returncode == 0, output
+    assert "continuing from step " in output and "ranks before: 2, now: 1; train_batch_size stays 4" in output
+    assert sorted(losses(folder / "fewer")) == list(range(1, 25))
