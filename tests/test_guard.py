@@ -80,6 +80,19 @@ def test_a_stopped_rank_ends_the_job_within_the_timeout(folder):
     assert seconds < 90, output
 
 
+def test_a_run_on_one_host_listens_to_that_host_alone(folder):
+    """The rendezvous, which torch would open on all addresses, and rank 0's guard; gloo's listen on the host's own."""
+    process = start(folder, "listens")
+    family = psutil.Process(process.pid).children(recursive=True)
+    sockets = [found for member in family for found in member.net_connections("tcp")]
+    listening = [found.laddr for found in sockets if found.status == psutil.CONN_LISTEN]
+    for member in family:
+        member.kill()
+    process.communicate(timeout=60)
+    assert [address.ip for address in listening if address.port == launch.PORT] == ["127.0.0.1"]
+    assert not {"0.0.0.0", "::"} & {address.ip for address in listening}, listening
+
+
 def test_a_job_that_is_paused_as_a_whole_goes_on(folder):
     """Ctrl-Z and fg: every process stands still for longer than the others may be silent."""
     process = start(folder, "paused")
@@ -118,17 +131,21 @@ def test_a_rank_that_never_starts_is_named(folder, rank, line):
 def spawn_guard(world, limit=60.0):
     """Rank 0's guard, whose rank is this process, and its port."""
     settings = {"rank": 0, "local_rank": 0, "world": world, "host": "here", "pid": os.getpid(), "beat": 0.2}
-    settings |= {"limit": limit, "address": "127.0.0.1", "listen": "127.0.0.1", "token": "secret"}
-    command = [sys.executable, "-I", str(GUARD)]
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    settings |= {"limit": limit, "address": "127.0.0.1", "port": port, "token": "secret"}
+    command = [sys.executable, "-I", str(GUARD), str(listener.fileno())]
     process = subprocess.Popen(
         ["bash", "-c", f"ulimit -S -n 30 && exec {shlex.join(command)}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=[listener.fileno()],
     )
+    listener.close()
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()
-    return process, int(process.stdout.readline())
+    return process, port
 
 
 def test_more_ranks_than_the_soft_limit_of_open_files():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hosts meet at the master's port, as the ranks will: is it free and reachable, is `run.save` one folder for all?
 
-The first host listens, on every address as the rendezvous itself will, until every other host has come or the time is
+The first host listens, where the rendezvous itself will, until every other host has come or the time is
 up. A host that does not know the meeting's number is sent away. Nothing but numbers and the time goes over the line.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merit_ds.training.config import Section
+from merit_ds.training.rendezvous import listen
 
 VISIBLE_SECONDS = 10.0
 """How long a host looks for the first one's file: NFS may keep an older listing of the folder for some seconds."""
@@ -80,7 +81,7 @@ def _token(meeting: Meeting, folder: Path) -> Path:
 def _listen(meeting: Meeting, folder: Path | None) -> Met:
     token = None if folder is None else _token(meeting, folder)
     try:
-        listener = socket.create_server(("", meeting.port), backlog=meeting.hosts)
+        listener = listen(meeting.address, meeting.port, several_hosts=meeting.hosts > 1, backlog=meeting.hosts)
     except OSError as error:
         return Met(
             problem=f"cannot listen on port {meeting.port}: {os.strerror(error.errno or 0)}; "

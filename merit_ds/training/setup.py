@@ -23,6 +23,7 @@ from merit_ds.training.deepspeed_config import model_dtype, parameter_groups
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself, local_ranks
+from merit_ds.training.rendezvous import stand_alone
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
 from merit_ds.training.watch import slow_timeout
 
@@ -48,9 +49,7 @@ def start_distributed(plan: Plan) -> None:
         InputError: a killed build left a lock on which DeepSpeed would wait forever; or `run.save` holds another
             run's checkpoints.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)  # started by plain python: a run of one rank
+    stand_alone()
     if plan.device.type != "cpu":
         get_accelerator().set_device(plan.device.index)
     elif "OMP_NUM_THREADS" not in os.environ:

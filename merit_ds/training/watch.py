@@ -21,23 +21,22 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from merit_ds.errors import InputError
 from merit_ds.training.guard import judge
 from merit_ds.training.plan import Plan, local_ranks
+from merit_ds.training.rendezvous import listen, open_store, stand_alone, wait_for
 
 GUARD = Path(judge.__file__).parent
 BEAT_SECONDS = 5.0
 """Between two beats at most, a twentieth of a shorter time-out."""
 REASON_LENGTH = 500
 """Characters: a line to the guard must stay below a pipe's 4096 bytes, up to which it is written whole or not."""
-CONNECT_SECONDS = 5.0
-"""For one attempt to connect."""
 
 
 class Watch:
-    """A rank under watch, from entering to leaving; of a single rank nothing is watched.
+    """A rank under watch, from entering to leaving; a single rank has its rendezvous here, and no guard.
 
     Make it before the rendezvous: a rank that never comes is noticed too. An exception that leaves the block is passed
     on to the other ranks' guards as the reason.
@@ -55,9 +54,12 @@ class Watch:
         self._doing, self._slow = "starting", True
 
     def __enter__(self) -> "Watch":
-        if self._plan.world > 1:
+        if self._plan.world == 1:
+            stand_alone()
+        else:
             _refuse_process_one()
-            self._store = _open_store(self._plan)
+        self._store = open_store(self._plan)
+        if self._plan.world > 1:
             self._guard = _start_guard(self._plan, self._store)
             self.at("starting", slow=True)
         return self
@@ -126,13 +128,9 @@ def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
     settings |= {"pid": os.getpid(), "beat": beat, "limit": _limit(timeout, beat), "address": os.environ["MASTER_ADDR"]}
     if plan.rank != 0:
         return _spawn(settings | _find_court(store, timeout=timeout))
-    settings |= {"token": secrets.token_hex(16), "listen": _own_address(plan)}
-    process = _spawn(settings)
-    assert process.stdout is not None
-    port = process.stdout.readline()
-    if not port:
-        raise InputError("rank 0's guard did not start: its own lines above say why")
-    court = {"port": int(port), "token": settings["token"]}
+    with listen(os.environ["MASTER_ADDR"], 0, several_hosts=plan.world > local_ranks()) as listener:
+        court = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
+        process = _spawn(settings | court, listener.fileno())
     store.set("court", json.dumps(court))
     return process
 
@@ -157,22 +155,13 @@ def _reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH]
 
 
-def _own_address(plan: Plan) -> str | None:
-    """MASTER_ADDR, for rank 0's guard to listen on; None, all addresses, where others could not reach it there.
-
-    Debian writes a host's own name as 127.0.1.1 into /etc/hosts; the other hosts know it by another address.
-    """
-    address = socket.gethostbyname(os.environ["MASTER_ADDR"])
-    return None if plan.world > local_ranks() and address.startswith("127.") else address
-
-
 def _find_court(store: Store, *, timeout: float) -> dict[str, object]:
     """Port and token of rank 0's guard; torchrun's store may still have those of an earlier attempt."""
     deadline = time.monotonic() + timeout
     while True:
         try:
             court: dict[str, object] = json.loads(store.get("court"))
-            _wait_for(os.environ["MASTER_ADDR"], int(str(court["port"])), timeout=0)
+            wait_for(os.environ["MASTER_ADDR"], int(str(court["port"])), timeout=0)
             return court
         except (OSError, DistError, RuntimeError) as error:
             if time.monotonic() > deadline:
@@ -182,45 +171,14 @@ def _find_court(store: Store, *, timeout: float) -> dict[str, object]:
         time.sleep(0.5)
 
 
-def _wait_for(address: str, port: int, *, timeout: float) -> None:
-    """Until something listens there.
-
-    Raises:
-        OSError: nothing does, after `timeout` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.1)
-
-
-def _open_store(plan: Plan) -> Store:
-    """The rendezvous' own store: its server is rank 0, or torchrun's agent, which serves the next attempt as well."""
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise InputError(f"WORLD_SIZE is {plan.world}, but {name} is not set, as launchers do")
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = plan.config.run.timeout
-    serves = plan.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        if not serves:
-            _wait_for(address, port, timeout=timeout)  # TCPStore itself would print the stack of each attempt
-        store = TCPStore(
-            address, port, plan.world, serves, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True
-        )
-    except (OSError, DistError, RuntimeError) as error:
-        what = "rank 0 cannot listen there" if serves else f"rank {plan.rank} cannot reach rank 0 there"
-        raise InputError(f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}: {str(error).splitlines()[0]}") from None
-    return PrefixStore("merit_ds", store)
-
-
-def _spawn(settings: dict[str, object]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-I", str(GUARD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _spawn(settings: dict[str, object], *listeners: int) -> subprocess.Popen[bytes]:
+    """A guard; rank 0's gets the descriptor on which it listens."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", str(GUARD), *map(str, listeners)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=listeners,
+    )
     assert process.stdin is not None
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process beside each rank that ends it when the job is lost. It needs no package but Python's.
 
-    python -I merit_ds/training/guard
+    python -I merit_ds/training/guard [DESCRIPTOR]      rank 0's is given the socket on which it listens
 
 A rank that waits in a collective for one that is dead, stopped or cut off waits for half an hour, in C++, and cannot
 look around. Its guard can: it holds a connection to rank 0's guard, which hears of every rank what it does, and
@@ -20,6 +20,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ else:  # a folder that is run has its files as top-level modules; the package it
 HELLO_SECONDS = 10.0
 """In which who has connected must say who it is."""
 BACKLOG = 4096
-"""Connections that wait to be accepted: all ranks come at once."""
+"""Connections that wait to be accepted, as `merit_ds.training.rendezvous` has it."""
 PAUSE_SECONDS = 5.0
 """A longer gap between two looks at the clock is a pause of this process: Ctrl-Z, a frozen container."""
 
@@ -67,21 +68,12 @@ class Court:
         self._verdict: str | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
-    async def open(self, address: str | None) -> int:
-        """Listen on `address`, or where this host does not have it on all, on a port that the system chooses.
-
-        Returns:
-            The port.
-        """
+    async def open(self, listener: socket.socket) -> None:
         # A descriptor for each rank; the usual limit of 1024 is a soft one.
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        try:
-            self._server = await asyncio.start_server(self._hear, address or "0.0.0.0", 0, backlog=BACKLOG)
-        except OSError:
-            self._server = await asyncio.start_server(self._hear, "0.0.0.0", 0, backlog=BACKLOG)
+        self._server = await asyncio.start_server(self._hear, sock=listener, backlog=BACKLOG)
         self._telling = asyncio.create_task(self._tell())
-        return int(self._server.sockets[0].getsockname()[1])
 
     async def wait_until_all_left(self) -> None:
         """Unless one of them was lost: then the verdict comes."""
@@ -249,8 +241,7 @@ async def main() -> None:
     settings = json.loads(await pipe.readline())
     court = Court(settings) if settings["rank"] == 0 else None
     if court is not None:
-        settings["port"] = await court.open(settings["listen"])
-        print(settings["port"], flush=True)
+        await court.open(socket.socket(fileno=int(sys.argv[1])))
     await Guard(settings, court).run(pipe)
     os._exit(0)  # the open connections need no orderly end, and each would complain
 
