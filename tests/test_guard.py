@@ -145,6 +145,7 @@ def spawn_guard(world, limit=60.0):
     listener.close()
     process.stdin.write(json.dumps(settings).encode() + b"\n")
     process.stdin.flush()
+    assert process.stdout.readline() == b"listening\n"
     return process, port
 
 

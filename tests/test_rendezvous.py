@@ -3,23 +3,65 @@
 
 import errno
 import socket
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from ranks import free_port
 
-from merit_ds.training.rendezvous import listen
+from merit_ds.errors import InputError
+from merit_ds.training.rendezvous import listen, open_store, own_address
 
-ELSEWHERE = "192.0.2.1"  # kept for documentation (RFC 5737): no host has it
-
-
-def bound(address, *, several_hosts):
-    with listen(address, 0, several_hosts=several_hosts) as listener:
-        assert listener.getsockname()[1] > 0
-        return listener.getsockname()[0]
+ELSEWHERE = "198.51.100.1"  # kept for documentation (RFC 5737): no host has it
+EVERYWHERE = ("::", "0.0.0.0")
 
 
-def test_the_ranks_of_one_host_meet_on_its_loopback():
-    assert bound("localhost", several_hosts=False) in ("127.0.0.1", "::1")
-    assert bound("127.0.0.1", several_hosts=False) == "127.0.0.1"
+@pytest.fixture
+def rank_zero(monkeypatch):
+    """Of two ranks, on a free port; what `open_store` asks of a plan."""
+    values = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    return SimpleNamespace(rank=0, world=2, config=SimpleNamespace(run=SimpleNamespace(timeout=5.0)))
+
+
+def listeners(port):
+    sockets = psutil.Process().net_connections("tcp")
+    return [one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN and one.laddr.port == port]
+
+
+@pytest.mark.parametrize(("ranks_here", "where"), [("2", ["127.0.0.1"]), ("1", EVERYWHERE)])
+def test_a_store_listens_on_loopback_only_where_all_ranks_are_here(rank_zero, monkeypatch, ranks_here, where):
+    """Another host would wait for a server that its own name has put on loopback."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks_here)
+    store = open_store(rank_zero)
+    store.set("key", "value")
+    found = listeners(store.underlying_store.port)
+    assert len(found) == 1 and found[0] in where
+
+
+def test_the_server_that_the_process_has_is_shared(rank_zero):
+    """The trainer's watch opens one, then the trainer, then torch."""
+    first, second = open_store(rank_zero), open_store(rank_zero)
+    first.set("key", "value")
+    assert second.get("key") == b"value"
+    assert len(listeners(first.underlying_store.port)) == 1
+
+
+def test_a_port_that_another_has_is_refused_in_a_line(rank_zero, monkeypatch):
+    """The laboratory starts a run again whose log says EADDRINUSE."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(InputError, match=r"cannot listen there: .*EADDRINUSE.*--master-port") as failure:
+            open_store(rank_zero)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_name_that_nobody_knows_is_refused_in_a_line(rank_zero, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    rank_zero.config.run.timeout = 0.5
+    with pytest.raises(InputError, match=r"no-such-host.invalid:\d+: rank 0 cannot listen there: .*--master-addr"):
+        open_store(rank_zero)
 
 
 def test_several_hosts_meet_at_the_masters_address():
@@ -30,16 +72,34 @@ def test_several_hosts_meet_at_the_masters_address():
         except OSError:
             pytest.skip("this machine has no address but loopback's")
         own = probe.getsockname()[0]
-    assert bound(own, several_hosts=True) == own
+    assert own_address(own, several_hosts=True) == own
+    with listen(own, 0) as listener:
+        assert listener.getsockname()[0] == own
 
 
-@pytest.mark.parametrize("address", ["127.0.1.1", ELSEWHERE, "no-such-host.invalid"])
-def test_where_that_would_reach_nobody_it_is_every_address(address):
-    """Debian's name for the host itself, a Kubernetes service's address, a name that only others can resolve."""
-    assert bound(address, several_hosts=True) in ("::", "0.0.0.0")
+@pytest.mark.parametrize(
+    ("address", "several_hosts", "number"),
+    [
+        ("localhost", False, "127.0.0.1"),
+        ("localhost", True, None),
+        ("127.0.0.1", True, "127.0.0.1"),  # a number that is given is meant
+        (ELSEWHERE, True, ELSEWHERE),
+        ("fe80::1", True, None),
+        ("::1", False, "::1"),
+    ],
+)
+def test_what_the_master_is_called_becomes_a_number(address, several_hosts, number):
+    assert own_address(address, several_hosts=several_hosts) == number
+
+
+@pytest.mark.parametrize("address", [None, ELSEWHERE])
+def test_where_the_master_has_no_such_address_it_is_every_one(address):
+    """As a Kubernetes service's."""
+    with listen(address, 0) as listener:
+        assert listener.getsockname()[0] in EVERYWHERE
 
 
 def test_a_port_that_is_taken_is_not_gone_around():
-    with listen("127.0.0.1", 0, several_hosts=False) as first, pytest.raises(OSError) as failure:
-        listen("127.0.0.1", first.getsockname()[1], several_hosts=False)
+    with listen("127.0.0.1", 0) as first, pytest.raises(OSError) as failure:
+        listen("127.0.0.1", first.getsockname()[1])
     assert failure.value.errno == errno.EADDRINUSE

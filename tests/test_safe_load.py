@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from engine_state import build, message, on_rank_zero, train
 from planted import Planted, change, plant
 from ranks import run_ranks
 from zero_cases import Case
 
 from merit_ds.training.checkpoint import load_checkpoint, save_checkpoint
-from merit_ds.training.safe_load import no_code, read
+from merit_ds.training.safe_load import no_code, read, refuse_other, stage_as_number
 from merit_ds.training.universal import make_universal
 
 CASE = Case("zero2", zero={"stage": 2})
@@ -123,3 +124,12 @@ def test_other_kinds_of_pickles_are_refused_in_one_line(tmp_path: Path, options:
     torch.save(Planted(tmp_path / "made"), path, **options)
     assert f"{path}: holds" in message(lambda: read(path))
     assert not (tmp_path / "made").exists()
+
+
+def test_the_stage_is_saved_as_a_number_by_every_python(tmp_path, monkeypatch):
+    """As Python 3.11.2 pickles an enum: a call of getattr, which nobody may allow."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda stage, protocol: (getattr, (ZeroStageEnum, stage.name)))
+    stage_as_number()
+    torch.save({"stage": ZeroStageEnum.weights}, tmp_path / "stage.pt")
+    refuse_other(tmp_path / "stage.pt")
+    assert read(tmp_path / "stage.pt") == {"stage": ZeroStageEnum.weights}

@@ -5,7 +5,6 @@ The first host listens, where the rendezvous itself will, until every other host
 up. A host that does not know the meeting's number is sent away. Nothing but numbers and the time goes over the line.
 """
 
-import os
 import secrets
 import socket
 import threading
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merit_ds.training.config import Section
-from merit_ds.training.rendezvous import listen
+from merit_ds.training.rendezvous import listen, own_address
 
 VISIBLE_SECONDS = 10.0
 """How long a host looks for the first one's file: NFS may keep an older listing of the folder for some seconds."""
@@ -81,10 +80,12 @@ def _token(meeting: Meeting, folder: Path) -> Path:
 def _listen(meeting: Meeting, folder: Path | None) -> Met:
     token = None if folder is None else _token(meeting, folder)
     try:
-        listener = listen(meeting.address, meeting.port, several_hosts=meeting.hosts > 1, backlog=meeting.hosts)
+        # Alone it was told no address: the port must be free on all.
+        own = own_address(meeting.address, several_hosts=True) if meeting.hosts > 1 else None
+        listener = listen(own, meeting.port)
     except OSError as error:
         return Met(
-            problem=f"cannot listen on port {meeting.port}: {os.strerror(error.errno or 0)}; "
+            problem=f"cannot listen on port {meeting.port}: {error.strerror}; "
             "end what listens there, or choose another --master-port"
         )
     with listener:

@@ -40,7 +40,7 @@ from merit_ds.training.checkpoint_folder import (
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
-from merit_ds.training.safe_load import no_code, refuse_other
+from merit_ds.training.safe_load import no_code, refuse_other, stage_as_number
 from merit_ds.training.universal import make_universal
 
 CLIENT_STATE = "merit_ds"
@@ -196,6 +196,7 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
 
 def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
     state = {CLIENT_STATE: client_state} | universal_info(engine.module)
+    stage_as_number()
     try:
         engine.save_checkpoint(str(folder), tag=UNFINISHED, client_state=state, save_latest=False)
     except Exception:

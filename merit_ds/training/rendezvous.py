@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -42,10 +43,11 @@ def open_store(plan: Plan) -> Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = plan.config.run.timeout
     serves = plan.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    descriptor = None
     try:
-        descriptor = None
         if serves:
-            descriptor = listen(address, port, several_hosts=plan.world > local_ranks()).detach()
+            _persist(lambda: socket.getaddrinfo(address, port), timeout=timeout)  # a pod's name may come after the pod
+            descriptor = _listen_once(own_address(address, several_hosts=plan.world > local_ranks()), port)
         else:
             wait_for(address, port, timeout=timeout)  # TCPStore itself would print the stack of each attempt
         store = TCPStore(
@@ -60,44 +62,63 @@ def open_store(plan: Plan) -> Store:
         )
     except (OSError, DistError, RuntimeError) as error:
         what = "rank 0 cannot listen there" if serves else f"rank {plan.rank} cannot reach rank 0 there"
-        raise InputError(f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}: {str(error).splitlines()[0]}") from None
+        what += f": {str(error).splitlines()[0]}"
+        raise InputError(
+            f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}; if the port is in use, choose another (--master-port); "
+            "if hosts take the name for different addresses, give a number (--master-addr)"
+        ) from None
     return PrefixStore("merit_ds", store)
 
 
-def listen(address: str, port: int, *, several_hosts: bool, backlog: int = BACKLOG) -> socket.socket:
-    """Listen on the master's address; on all of this host's where that is none of them, as a Kubernetes service's.
+def _listen_once(own: str | None, port: int) -> int | None:
+    """The descriptor; None where the port is taken: torch finds this process's own server, or says EADDRINUSE."""
+    try:
+        return listen(own, port).detach()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+
+
+def listen(own: str | None, port: int) -> socket.socket:
+    """Listen on one of this host's addresses; on all of them where that is none, as a Kubernetes service's is.
 
     Args:
-        address: the master's, a name or a number.
+        own: of `own_address`; None for all.
         port: 0 for one of the system's choice.
-        several_hosts: whether others must reach it: then a loopback address is not enough.
 
     Raises:
         OSError: something listens there already, for instance.
     """
-    own = own_address(address, several_hosts=several_hosts)
     if own is not None:
         try:
             family = socket.AF_INET6 if ":" in own else socket.AF_INET
-            return socket.create_server((own, port), family=family, backlog=backlog)
+            return socket.create_server((own, port), family=family, backlog=BACKLOG)
         except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
+            if error.errno == errno.EADDRINUSE:
                 raise
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-    return socket.create_server(("", port), backlog=backlog)
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=BACKLOG)
 
 
 def own_address(address: str, *, several_hosts: bool) -> str | None:
-    """The master's address as a number; None where it cannot tell, or where the other hosts could not reach it there.
+    """The master's address as a number, the IPv4 one where it has several; None where others could not reach it there.
 
-    Debian writes a host's own name as 127.0.1.1 into /etc/hosts; the other hosts know it by another address.
+    Debian writes a host's own name as 127.0.1.1 into /etc/hosts; the other hosts know it by another address. A
+    link-local address is one only together with an interface.
+
+    Args:
+        address: MASTER_ADDR, a name or a number.
+        several_hosts: whether a name of this host alone is not enough.
+
+    Raises:
+        socket.gaierror: there is no such name.
     """
-    try:
-        number = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
-    except socket.gaierror:
-        return None
-    return None if several_hosts and ipaddress.ip_address(number.partition("%")[0]).is_loopback else number
+    found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    number = ipaddress.ip_address(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])
+    too_near = several_hosts and number.is_loopback and str(number) != address
+    return None if too_near or number.is_link_local else str(number)
 
 
 def wait_for(address: str, port: int, *, timeout: float) -> None:
@@ -106,10 +127,15 @@ def wait_for(address: str, port: int, *, timeout: float) -> None:
     Raises:
         OSError: nothing does, after `timeout` seconds.
     """
+    _persist(lambda: socket.create_connection((address, port), timeout=CONNECT_SECONDS).close(), timeout=timeout)
+
+
+def _persist(action: Callable[[], object], *, timeout: float) -> None:
+    """Try until there is no OSError; after `timeout` seconds it passes."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
+            action()
             return
         except OSError:
             if time.monotonic() > deadline:

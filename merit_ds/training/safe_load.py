@@ -6,6 +6,7 @@ They are pickles, and a pickle may call any function. DeepSpeed's own loading an
 plain data and the classes listed here, and refuses the rest before anything of it is called.
 """
 
+import copyreg
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,16 @@ def read(path: Path, *, mmap: bool = False) -> Any:
     """
     with no_code(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def stage_as_number() -> None:
+    """From now on pickle DeepSpeed's ZeRO stage as its class and number, whatever this Python makes of an enum.
+
+    3.11.2, which is Debian 12's, writes a call of `getattr`, and that may not be allowed.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 def refuse_other(path: Path) -> None:

@@ -23,7 +23,7 @@ from merit_ds.training.deepspeed_config import model_dtype, parameter_groups
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself, local_ranks
-from merit_ds.training.rendezvous import stand_alone
+from merit_ds.training.rendezvous import open_store, stand_alone
 from merit_ds.training.tokenizer import Tokenizer, build_tokenizer
 from merit_ds.training.watch import slow_timeout
 
@@ -46,8 +46,8 @@ def start_distributed(plan: Plan) -> None:
     """Join the process group and make Megatron-core's.
 
     Raises:
-        InputError: a killed build left a lock on which DeepSpeed would wait forever; or `run.save` holds another
-            run's checkpoints.
+        InputError: the rendezvous fails; a killed build left a lock on which DeepSpeed would wait forever; or
+            `run.save` holds another run's checkpoints.
     """
     stand_alone()
     if plan.device.type != "cpu":
@@ -56,6 +56,7 @@ def start_distributed(plan: Plan) -> None:
         # Each rank would start a thread for every core, and they would spend their time waiting for one another.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks()))
     check_stale_lock()
+    _store = open_store(plan)  # kept until torch has found its server; beneath a Watch it is the Watch's own
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(), timeout=slow_timeout(plan), verbose=False
     )

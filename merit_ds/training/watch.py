@@ -26,7 +26,7 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from merit_ds.errors import InputError
 from merit_ds.training.guard import judge
 from merit_ds.training.plan import Plan, local_ranks
-from merit_ds.training.rendezvous import listen, open_store, stand_alone, wait_for
+from merit_ds.training.rendezvous import listen, open_store, own_address, wait_for
 
 GUARD = Path(judge.__file__).parent
 BEAT_SECONDS = 5.0
@@ -36,7 +36,7 @@ REASON_LENGTH = 500
 
 
 class Watch:
-    """A rank under watch, from entering to leaving; a single rank has its rendezvous here, and no guard.
+    """A rank under watch, from entering to leaving; of a single rank nothing is watched.
 
     Make it before the rendezvous: a rank that never comes is noticed too. An exception that leaves the block is passed
     on to the other ranks' guards as the reason.
@@ -54,12 +54,9 @@ class Watch:
         self._doing, self._slow = "starting", True
 
     def __enter__(self) -> "Watch":
-        if self._plan.world == 1:
-            stand_alone()
-        else:
-            _refuse_process_one()
-        self._store = open_store(self._plan)
         if self._plan.world > 1:
+            _refuse_process_one()
+            self._store = open_store(self._plan)
             self._guard = _start_guard(self._plan, self._store)
             self.at("starting", slow=True)
         return self
@@ -128,9 +125,12 @@ def _start_guard(plan: Plan, store: Store) -> subprocess.Popen[bytes]:
     settings |= {"pid": os.getpid(), "beat": beat, "limit": _limit(timeout, beat), "address": os.environ["MASTER_ADDR"]}
     if plan.rank != 0:
         return _spawn(settings | _find_court(store, timeout=timeout))
-    with listen(os.environ["MASTER_ADDR"], 0, several_hosts=plan.world > local_ranks()) as listener:
+    with listen(own_address(os.environ["MASTER_ADDR"], several_hosts=plan.world > local_ranks()), 0) as listener:
         court = {"port": listener.getsockname()[1], "token": secrets.token_hex(16)}
         process = _spawn(settings | court, listener.fileno())
+    assert process.stdout is not None
+    if not process.stdout.readline():  # the socket takes connections before the guard does, and after its end
+        raise InputError("rank 0's guard did not start: its own lines above say why")
     store.set("court", json.dumps(court))
     return process
 

@@ -242,6 +242,7 @@ async def main() -> None:
     court = Court(settings) if settings["rank"] == 0 else None
     if court is not None:
         await court.open(socket.socket(fileno=int(sys.argv[1])))
+        print("listening", flush=True)
     await Guard(settings, court).run(pipe)
     os._exit(0)  # the open connections need no orderly end, and each would complain
 
