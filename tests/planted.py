@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from merit_ds.training.manifest import fingerprint, read_manifest, write_manifest
+from merit_ds.training.safe_load import stage_as_number
 
 
 class Planted:
@@ -26,6 +27,7 @@ def change(checkpoint: Path, name: str, edit: Callable[[Any], None]) -> None:
     """Edit what one of the checkpoint's files holds, and make its manifest fit."""
     state = torch.load(checkpoint / name, weights_only=False)
     edit(state)
+    stage_as_number()
     torch.save(state, checkpoint / name)
     manifest = read_manifest(checkpoint)
     write_manifest(checkpoint, replace(manifest, files=manifest.files | {name: fingerprint(checkpoint / name)}))

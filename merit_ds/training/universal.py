@@ -113,8 +113,9 @@ def _convert(folder: Path, source: Checkpoint, *, workers: int) -> Path:
     # Imported here, so that --help and a wrong folder need no seconds.
     from deepspeed.checkpoint import ds_to_universal
 
-    from merit_ds.training.safe_load import no_code
+    from merit_ds.training.safe_load import no_code, stage_as_number
 
+    stage_as_number()
     unfinished = begin(folder)
     try:
         _stage(source.path, unfinished / "source")
