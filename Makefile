@@ -3,7 +3,7 @@
 # make test-full   that, and the tests marked full, with every cell of docs/sharding.md, which it writes anew
 # make test-cluster  several hosts, made of namespaces by root: the launcher over ssh, and what may break
 # make test-docker   as root: builds the CPU image and trains in its containers on two hosts (docs/containers.md)
-# make soak    50 kills of a job on two hosts at random moments, half an hour
+# make soak    kills a job on two hosts at random moments until it has gone on 50 times, half an hour
 # make test-gpu    where there is a GPU: the CUDA kernels against the formula, and how near they are to the memory's limit
 # RANKS=1 make train, PYTHON=python3.12 make test, ... change the defaults below.
 PYTHON ?= python3
