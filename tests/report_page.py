@@ -7,6 +7,9 @@ from pathlib import Path
 
 from merit_ds.lab.report import write_report
 
+BEST = "0.8M, 9.83 M tokens: final validation loss (nats a token)"
+"""The caption of the best losses in `synthetic_study`'s report."""
+
 
 class Page(HTMLParser):
     """Tables as lists of rows of texts, by caption; links, ids, images and tags."""

@@ -7,7 +7,7 @@ import re
 from urllib.parse import unquote
 
 import pytest
-from report_page import markdown_table, report
+from report_page import BEST, markdown_table, report
 from synthetic_study import LOSSES, SEEDS, write_run, write_study
 
 from merit_ds.lab.report import write_report
@@ -22,9 +22,6 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(study):
     return report(study)
-
-
-BEST = "0.8M, 9.83 M tokens: final validation loss (nats a token)"
 
 
 @pytest.mark.parametrize("kind", ["html", "markdown"])

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from report_page import Page, report
+from report_page import BEST, Page, report
 from synthetic_study import write_run, write_study
 
 from merit_ds.errors import InputError
@@ -26,9 +26,6 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(study):
     return report(study)
-
-
-BEST = "0.8M, 9.83 M tokens: final validation loss (nats a token)"
 
 
 def test_single_run(tmp_path):

@@ -186,7 +186,7 @@ def test_this_host_alone(folder: Path) -> None:
     well = run(folder, "merit_ds.preflight", *options)
     assert well.returncode == 0, well.stdout
     assert well.stdout.splitlines()[-1].startswith(f"preflight: 1 host, {len(CHECKS) + 1} checks: all well")
-    with socket.create_server(("", port)):
+    with socket.create_server(("127.0.0.2", port)):  # nothing was said of the address that the ranks will meet at
         taken = run(folder, "merit_ds.preflight", *options, "--set", "data.prefix=none")
     assert taken.returncode == 1 and taken.stdout.endswith("preflight: 2 of these would stop the run\n")
     assert f"node0  port   cannot listen on port {port}: Address already in use" in taken.stdout

@@ -170,3 +170,9 @@ def test_the_launcher_s_variables_are_those_of_the_facts(tmp_path: Path, monkeyp
     Path(".deepspeed_env").write_text("A=1\n# no\n")
     with pytest.raises(InputError, match=r"\.deepspeed_env:2: '# no' is not NAME=VALUE"):
         launcher_exports()
+
+
+def test_a_master_whose_name_the_first_host_does_not_know() -> None:
+    met = meet(Meeting("no-such-host.invalid", free_port(), "7", 0, 2, 0.5), None)
+    assert met.problem is not None and met.problem.startswith("cannot find no-such-host.invalid: ")
+    assert "--master-addr" in met.problem

@@ -10,6 +10,7 @@ import pytest
 from ranks import free_port
 
 from merit_ds.errors import InputError
+from merit_ds.training import watch
 from merit_ds.training.rendezvous import listen, open_store, own_address
 
 ELSEWHERE = "198.51.100.1"  # kept for documentation (RFC 5737): no host has it
@@ -22,7 +23,7 @@ def rank_zero(monkeypatch):
     values = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    return SimpleNamespace(rank=0, world=2, config=SimpleNamespace(run=SimpleNamespace(timeout=5.0)))
+    return SimpleNamespace(rank=0, local_rank=0, world=2, config=SimpleNamespace(run=SimpleNamespace(timeout=5.0)))
 
 
 def listeners(port):
@@ -62,6 +63,13 @@ def test_a_name_that_nobody_knows_is_refused_in_a_line(rank_zero, monkeypatch):
     rank_zero.config.run.timeout = 0.5
     with pytest.raises(InputError, match=r"no-such-host.invalid:\d+: rank 0 cannot listen there: .*--master-addr"):
         open_store(rank_zero)
+
+
+def test_a_guard_that_does_not_start_is_not_waited_for(rank_zero, monkeypatch, tmp_path):
+    """The others would look for it until the time-out."""
+    monkeypatch.setattr(watch, "GUARD", tmp_path)
+    with pytest.raises(InputError, match="rank 0's guard did not start"), watch.Watch(rank_zero):
+        pass
 
 
 def test_several_hosts_meet_at_the_masters_address():

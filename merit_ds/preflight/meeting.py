@@ -80,9 +80,14 @@ def _token(meeting: Meeting, folder: Path) -> Path:
 def _listen(meeting: Meeting, folder: Path | None) -> Met:
     token = None if folder is None else _token(meeting, folder)
     try:
-        # Alone it was told no address: the port must be free on all.
-        own = own_address(meeting.address, several_hosts=True) if meeting.hosts > 1 else None
+        # A host alone may not have been told the address: then it is localhost, and the port must be free on all.
+        own = own_address(meeting.address, several_hosts=True)
         listener = listen(own, meeting.port)
+    except socket.gaierror as error:
+        return Met(
+            problem=f"cannot find {meeting.address}: {error.strerror}; "
+            "give a --master-addr that the first host knows as well"
+        )
     except OSError as error:
         return Met(
             problem=f"cannot listen on port {meeting.port}: {error.strerror}; "
