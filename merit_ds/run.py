@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import merit_ds  # noqa: F401  (registers the optimizer)
+from merit_ds.gloo_threads import settle_at_exit
 
 
 def main(arguments: list[str]) -> None:
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments[:position], *arguments[position + 1 :]]
     if not sys.flags.safe_path:
         sys.path[0] = str(script.resolve().parent)
+    settle_at_exit()
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -105,12 +105,11 @@ def measure(config: Config) -> Measured:
         trainer = Trainer(engine, plan, data, Watch(plan))
         with Interrupt() as interrupt:
             trainer.train_step(interrupt)
-            # gloo's threads may hold a tensor for a moment longer, more often where layers send as well.
-            steps = 2 if config.model.tensor_parallel == 1 else 6
-            ledgers = [count_step(trainer, interrupt, before) for _ in range(steps)]
+            ledger = Ledger([storage for storage in alive() if id(storage) not in before], counted=True)
+            # gloo's threads may hold a tensor for a moment longer: the least of six, two were both too high once.
+            peak = min(count_step(trainer, interrupt, ledger) for _ in range(6))
         model = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in engine.module.parameters()}
         stepped = stepped_storages(engine.basic_optimizer)
-        ledger = min(ledgers, key=lambda one: one.peak)
         totals: Counter[tuple[str, tuple[int, ...]]] = Counter()
         calls: Counter[tuple[str, tuple[int, ...]]] = Counter()
         for sent in ledger.sent:
@@ -121,7 +120,7 @@ def measure(config: Config) -> Measured:
             sent={key: (totals[key], calls[key]) for key in totals},
             parameters=sum(model.values()),
             optimizer=sum(size for place, size in stepped.items() if place not in model),
-            peak=ledger.peak,
+            peak=peak,
             wrapper=type(engine.optimizer).__name__,
         )
     finally:
@@ -129,13 +128,13 @@ def measure(config: Config) -> Measured:
         parallel_state.destroy_model_parallel()
 
 
-def count_step(trainer: Trainer, interrupt: Interrupt, before: dict[int, torch.UntypedStorage]) -> Ledger:
-    known = [storage for storage in alive() if id(storage) not in before]
-    ledger = Ledger(known, counted=True)
-    del known
+def count_step(trainer: Trainer, interrupt: Interrupt, ledger: Ledger) -> int:
+    """Most bytes alive in one step; the ledger then holds what it sent."""
+    ledger.reset_peak()
+    ledger.sent.clear()
     with ledger:
         trainer.train_step(interrupt)
-    return ledger
+    return ledger.peak
 
 
 def alive() -> list[torch.UntypedStorage]:

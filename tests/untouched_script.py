@@ -58,7 +58,6 @@ def main() -> None:
     train(engine)
     if dist.get_rank() == 0:
         torch.save(model.state_dict(), arguments.output)
-    dist.destroy_process_group()  # without it one in a hundred ends in torch's "terminate called", AdamW's as well
 
 
 if __name__ == "__main__":

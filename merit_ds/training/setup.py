@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 import merit_ds  # noqa: F401  (registers the optimizer)
 from merit_ds.errors import InputError
+from merit_ds.gloo_threads import settle_at_exit
 from merit_ds.training.agreement import together
 from merit_ds.training.checkpoint import holds_checkpoints
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
@@ -50,6 +51,7 @@ def start_distributed(plan: Plan) -> None:
             `run.save` holds another run's checkpoints.
     """
     stand_alone()
+    settle_at_exit()
     if plan.device.type != "cpu":
         get_accelerator().set_device(plan.device.index)
     elif "OMP_NUM_THREADS" not in os.environ:
