@@ -14,6 +14,10 @@ from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.megatron import split_axis
 
 MATRIX_VIEWS = "'stack', 'flatten' or ('qkv', query rows, head rows)"
+MARKS = ("matrix_view", "no_weight_decay", "no_trust_ratio", "sign_update")
+"""What an attribute of a parameter or, where it has none, a key of its group says of it."""
+LAYOUT_SETTINGS = ("matrix_view", "no_weight_decay", "no_trust_ratio", "elementwise", "whole_bound")
+"""Keys of a group that count when its weights are laid out, and not afterwards."""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,18 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
 from merit_ds.ops.rule import Rule
 from merit_ds.registration import allow_under_zero
-from merit_ds.shard import Shard
+from merit_ds.shard import LAYOUT_SETTINGS, Shard
 from merit_ds.step import Stepper
 from merit_ds.summary import log_summary
-from merit_ds.validation import LATER_SETTINGS, check_parameters, check_saved_group, check_settings, check_state
+from merit_ds.validation import (
+    LATER_SETTINGS,
+    check_known,
+    check_laid_out,
+    check_parameters,
+    check_saved_group,
+    check_settings,
+    check_state,
+)
 from merit_ds.work import Work
 
 
@@ -72,6 +80,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.inspect: Inspector | None = None
         self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
+        self._laid_out: dict[int, dict[str, Any]] = {}
+        """Of each group, by its id, the settings that its tensors were bound with."""
         self._agreed: set[Tensor] = set()
         self._works: dict[tuple[Any, ...], Work] = {}
         self._refusal: str | None = None
@@ -88,6 +98,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         added = self.param_groups[-1]
         try:
             check_settings(added, name=type(self).__name__)
+            check_known(added, self.defaults, name=type(self).__name__)
             check_parameters(added, name=type(self).__name__)
         except ValueError:
             self.param_groups.pop()
@@ -110,7 +121,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
                 result is exact. No weight has been changed then; the moments of cut weights may have been, so every
-                further step is refused as well, until a state is loaded.
+                further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
+                than in the first how its weights are laid out (`merit_ds.shard.LAYOUT_SETTINGS`).
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact
             raise UnsupportedError(self._refusal)
@@ -118,6 +130,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_laid_out(group, self._laid_out.get(id(group), {}), name=type(self).__name__)
         work = self._work()
         if work is None:
             return loss
@@ -170,6 +184,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     group.setdefault(key, self.defaults[key])
         self._origins = [replace(origin, group=group) for origin, group in zip(origins, self.param_groups, strict=True)]
         self._bound.clear()
+        self._laid_out.clear()
         self._agreed.clear()
         self._works.clear()
         self._refusal = None
@@ -186,6 +201,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             **super().__getstate__(),
             "_origins": self._origins,
             "_bound": {},
+            "_laid_out": {},
             "_agreed": set(),
             "_works": {},
             "_refusal": self._refusal,
@@ -208,6 +224,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if all(tensor in self._bound for tensor in group["params"]):
             return
         origin = self._origin(group)
+        self._laid_out.setdefault(id(group), {key: group.get(key) for key in LAYOUT_SETTINGS})
         shards = bind(self.settings_for_layout(group), origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
         tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]

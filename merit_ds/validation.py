@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import same_sharding
 from merit_ds.ops.table import DTYPES
-from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, logical_matrices
+from merit_ds.shard import MARKS, MATRIX_VIEWS, is_matrix_view, logical_matrices
 
 
 def _is_number(value: Any) -> bool:
@@ -85,6 +86,27 @@ def check_settings(group: dict[str, Any], *, name: str) -> None:
                 value = value.item()
             if not kind.fits(value):
                 raise ValueError(f"{name}: {key}={group[key]!r}, but it must be {kind.allowed}")
+
+
+def check_known(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError for a group's setting that the optimizer would pass over, being another's."""
+    for key in (key for kind in _KINDS for key in kind.settings):
+        if group.get(key) and key not in defaults and key not in MARKS:
+            raise ValueError(f"{name}: a group has {key}={group[key]!r}, and {name} has no {key}: leave it out")
+
+
+def check_laid_out(group: dict[str, Any], laid_out: dict[str, Any], *, name: str) -> None:
+    """Raise UnsupportedError where a group says otherwise than when its weights were laid out.
+
+    Args:
+        laid_out: its LAYOUT_SETTINGS at that time.
+    """
+    for key, value in laid_out.items():
+        if group.get(key) != value:
+            raise UnsupportedError(
+                f"{name}: a group's {key} was changed from {value!r} to {group.get(key)!r} after its first step: set it "
+                "before that, or right after load_state_dict"
+            )
 
 
 LATER_SETTINGS = ("elementwise", "whole_bound")

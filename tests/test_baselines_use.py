@@ -135,3 +135,40 @@ def test_groups_that_would_be_taken_otherwise_than_meant_are_refused(group, mess
         return
     with pytest.raises(ValueError, match="elementwise=True"):
         MeritW([{"params": model(), "elementwise": True}], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "message"),
+    [
+        (MeritScion, {"weight_decay": 0.1}, "weight_decay=0.1, and MeritScion has no weight_decay"),
+        (MeritLion, {"clip": 1.0}, "clip=1.0, and MeritLion has no clip"),
+        (MeritLAMB, {"elementwise": True}, "elementwise=True, and MeritLAMB has no elementwise"),
+    ],
+)
+def test_a_groups_setting_that_would_be_passed_over_is_refused(kind, group, message):
+    with pytest.raises(ValueError, match=message):
+        kind([{"params": model(), **group}], 0.01)
+    off = {key: type(value)() for key, value in group.items()} if "clip" not in group else {}
+    kind([{"params": model(), "no_weight_decay": True, "note": "anybody's", **off}], 0.01)
+
+
+@pytest.mark.parametrize(("key", "value"), [("elementwise", False), ("whole_bound", False), ("no_weight_decay", True)])
+def test_what_weights_are_laid_out_by_cannot_change_after_the_first_step(key, value):
+    weights, other = model(), model()
+    optimizer = Merit(weights, 0.01)
+    optimizer.param_groups[0][key] = value  # before the first step it counts
+    train(optimizer, weights, steps=range(2))
+    train(Merit([{"params": other, key: value}], 0.01), other, steps=range(2))
+    assert all(map(torch.equal, weights, other))
+    before = [weight.detach().clone() for weight in weights]
+    optimizer.param_groups[0][key] = not value
+    with pytest.raises(UnsupportedError, match=f"{key} was changed from {value} to {not value} after its first step"):
+        train(optimizer, weights, steps=range(1))
+    assert all(map(torch.equal, weights, before))
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    train(optimizer, weights, steps=range(2, 4))
+    again = Merit([{"params": other, key: not value}], 0.01)
+    again.load_state_dict(state)
+    train(again, other, steps=range(2, 4))
+    assert all(map(torch.equal, weights, other))
