@@ -104,8 +104,8 @@ def check_laid_out(group: dict[str, Any], laid_out: dict[str, Any], *, name: str
     for key, value in laid_out.items():
         if group.get(key) != value:
             raise UnsupportedError(
-                f"{name}: a group's {key} was changed from {value!r} to {group.get(key)!r} after its first step: set it "
-                "before that, or right after load_state_dict"
+                f"{name}: a group's {key} was changed from {value!r} to {group.get(key)!r} after its first step: set "
+                "it before that, or right after load_state_dict"
             )
 
 

@@ -13,6 +13,7 @@ import launch
 import psutil
 import pytest
 
+from merit_ds.training.pace import STEPS
 from merit_ds.training.watch import GUARD
 
 
@@ -78,6 +79,24 @@ def test_a_stopped_rank_ends_the_job_within_the_timeout(folder):
     assert f"error: rank 1 on {socket.gethostname()} has been " in output and "(its process is stopped)" in output
     # To the end of the last rank; the launcher looks once a second, and this machine may be busy.
     assert seconds < 90, output
+
+
+def test_a_slow_rank_is_named_and_the_job_goes_on(folder):
+    """Rank 1 stands still for five sixths of the time, in whatever it does."""
+    process = start(folder, "slow")
+    family = psutil.Process(process.pid).children(recursive=True)
+    rank = next(member for member in family[::-1] if "--local_rank=1" in member.cmdline())
+    reached = max(launch.losses(folder / "slow"))
+    while max(launch.losses(folder / "slow")) < reached + 2 * STEPS:
+        rank.suspend()
+        time.sleep(0.1)
+        rank.resume()
+        time.sleep(0.02)
+    for member in family:
+        member.kill()
+    output = process.communicate(timeout=60)[0]
+    assert f" slow, and all others wait: rank 1 on {socket.gethostname()} (" in output, output
+    assert "wait: rank 0" not in output and "error: " not in output, output
 
 
 def test_a_run_on_one_host_listens_to_that_host_alone(folder):

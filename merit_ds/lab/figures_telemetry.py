@@ -33,7 +33,7 @@ class LayerMap:
 
 
 def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logarithmic: bool) -> Any:
-    """Small multiples: step to the right, layer upwards, the same colours for the same value in every panel."""
+    """Small multiples: step to the right, layer upwards from 0, the same colours for the same value in every panel."""
     from matplotlib import colors
     from matplotlib.ticker import PercentFormatter
 
@@ -61,11 +61,11 @@ def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logari
 def _panel(axes: Any, one: LayerMap, norm: Any) -> Any:
     layers = max(len(sample) for sample in one.values)
     cells = [[sample[layer] if layer < len(sample) else math.nan for sample in one.values] for layer in range(layers)]
-    edges = [layer + 0.5 for layer in range(layers + 1)]
+    edges = [layer - 0.5 for layer in range(layers + 1)]
     axes.set_facecolor("#d1d5db")  # seen where a value is not known
     mesh = axes.pcolormesh(step_edges(one.steps), edges, cells, norm=norm, cmap="viridis", rasterized=True)
     stride = -(-layers // 8)
-    axes.set_yticks(range(1, layers + 1, stride))
+    axes.set_yticks(range(0, layers, stride))
     axes.grid(visible=False)
     whole_steps(axes)
     label_left(axes, "layer")

@@ -251,7 +251,7 @@ def _row(batch: int, name: str, one: LayerMap, run: Run, quantity: Quantity, lin
     entries = [
         (value, step, layer)
         for step, sample in zip(one.steps, one.values, strict=True)
-        for layer, value in enumerate(sample, start=1)
+        for layer, value in enumerate(sample)
         if math.isfinite(value)
     ]
     cells = [

@@ -25,6 +25,7 @@ from merit_ds.training.guard.judge import LEAVING
 from merit_ds.training.interrupt import BadSteps, Interrupt
 from merit_ds.training.interval import Interval
 from merit_ds.training.model import masked_mean
+from merit_ds.training.pace import Pace
 from merit_ds.training.plan import Plan
 from merit_ds.training.report import RunFolder, StepReport, add_row, draw_losses, flops_per_sequence
 from merit_ds.training.sample import sample_text
@@ -47,6 +48,7 @@ class Trainer:
         """Optimizer steps done, those of the runs that this one continues included."""
         self._bad_steps = BadSteps(plan.config.run.max_bad_steps)
         self._interval = Interval(plan.device)
+        self._pace = Pace(plan.device)
         self._saved_step = 0
         self._first_step = 1
         self._doubtful = False
@@ -159,6 +161,8 @@ class Trainer:
         self._doubtful = non_finite
         self._interval.add(loss, time.perf_counter() - start, non_finite=non_finite, skipped=skipped)
         self._bad_steps.record(non_finite=non_finite, skipped=skipped)
+        if slow := self._pace.end(self.step):
+            self._say(slow)
         return 0
 
     def _accumulate(self, interrupt: Interrupt) -> torch.Tensor | None:
@@ -180,6 +184,7 @@ class Trainer:
         loss = torch.zeros((), device=device)
         signals: Agreement | None = None
         self.watch.at(f"reading the data of step {step}")
+        self._pace.begin()
         for index, samples in enumerate(micro_steps, start=1):
             if signals is not None:
                 self._signal = signals.result()[0]
@@ -190,7 +195,8 @@ class Trainer:
             signals = None if last else Agreement([interrupt.received], device=device)
             samples = {key: value.to(device, non_blocking=True) for key, value in samples.items()}
             self.watch.at(f"in the forward pass of micro-batch {index} of step {step}", slow=slow)
-            per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
+            with self._pace.forward(first=index == 1):
+                per_token = self.engine(samples["tokens"], samples["position_ids"], None, labels=samples["labels"])
             micro_loss = masked_mean(per_token, samples["loss_mask"])
             self.watch.at(f"in the backward pass of micro-batch {index} of step {step}", slow=slow)
             self.engine.backward(micro_loss)
