@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of the baselines share: a few weights, gradients for each step, and the steps."""
+"""What tests of the baselines share: weights, gradients for each step, the steps, and settings under sharding."""
 
 import torch
+from zero_cases import Shapes
 
+import merit_ds
 from merit_ds import MeritLAMB, MeritLARS, MeritLion, MeritMaxLAMB, MeritScion, MeritSophiaG, MeritW
 
 STEPS = 5
@@ -28,3 +30,31 @@ def train(optimizer, weights, *, steps=range(STEPS)):
             weight.grad = grad.clone()
         optimizer.step()
     return [weight.detach() for weight in weights]
+
+
+EXACT = {
+    "MeritW": {},
+    "Merit without the whole-weight bound": {"whole_bound": False},
+    "MeritMaxLAMB": {},
+    "MeritLion": {},
+    "MeritSophiaG": {"gamma": 0.5},
+    "MeritScion": {"radius": 5.0, "sign_radius": 5.0},
+}
+ROUNDED = {"MeritLAMB": {}, "MeritLARS": {"trust_coefficient": 0.1}, "Merit by l2 norms": {"norm": "l2"}}
+
+
+class NonEmptyShapes(Shapes):
+    """Under ZeRO-3, DeepSpeed's own gathering of a parameter without elements fails."""
+
+    def __init__(self):
+        super().__init__()
+        del self.empty
+        self.wide.sign_update = True
+
+
+def kind_of(name):
+    return getattr(merit_ds, name.split()[0])
+
+
+def options(name):
+    return {"lr": 0.03, **(EXACT | ROUNDED)[name]}

@@ -4,45 +4,18 @@
 import deepspeed
 import pytest
 import torch
+from baseline_cases import EXACT, ROUNDED, NonEmptyShapes, kind_of, options
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from ranks import run_ranks
-from zero_cases import Shapes
 
-import merit_ds
 from merit_ds.errors import UnsupportedError
 from merit_ds.shard import full_shape
 
 STEPS = 3
-EXACT = {
-    "MeritW": {},
-    "Merit without the whole-weight bound": {"whole_bound": False},
-    "MeritMaxLAMB": {},
-    "MeritLion": {},
-    "MeritSophiaG": {"gamma": 0.5},
-    "MeritScion": {"radius": 5.0, "sign_radius": 5.0},
-}
-ROUNDED = {"MeritLAMB": {}, "MeritLARS": {"trust_coefficient": 0.1}, "Merit by l2 norms": {"norm": "l2"}}
 CASES = [
     (name, stage, "fp32") for name in EXACT | ROUNDED for stage in (1, 2, 3) if (name, stage) != ("MeritSophiaG", 3)
 ]
 CASES += [(name, 2, "bf16") for name in ("MeritMaxLAMB", "MeritLAMB", "MeritScion")]
-
-
-class NonEmptyShapes(Shapes):
-    """Under ZeRO-3, DeepSpeed's own gathering of a parameter without elements fails."""
-
-    def __init__(self):
-        super().__init__()
-        del self.empty
-        self.wide.sign_update = True
-
-
-def kind_of(name):
-    return getattr(merit_ds, name.split()[0])
-
-
-def options(name):
-    return {"lr": 0.03, **(EXACT | ROUNDED)[name]}
 
 
 def engine_of(name, stage, dtype):
