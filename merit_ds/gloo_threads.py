@@ -15,6 +15,8 @@ from pathlib import Path
 
 WORKER = "pt_gloo_runloop"
 """What torch calls the threads that carry out gloo's collectives."""
+LOOKS = 3
+"""How often in a row they must be seen asleep: one that waits for the lock, behind another thread, sleeps as well."""
 
 
 def settle_at_exit() -> None:
@@ -31,21 +33,22 @@ def settle(*, timeout: float = 5.0) -> None:
     Args:
         timeout: seconds after which it returns all the same.
     """
-    deadline = time.monotonic() + timeout
-    while _running() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    deadline, asleep = time.monotonic() + timeout, 0
+    while asleep < LOOKS and time.monotonic() < deadline:
+        time.sleep(0.005)
+        asleep = 0 if _running() else asleep + 1
 
 
 def _running() -> bool:
     """Whether a gloo thread is in another state than asleep.
 
     os.read gives up the interpreter's lock, and the kernel notes the state while it does: a thread that waits for the
-    lock has been woken by then, so that one seen asleep has nothing left to free.
+    lock has been woken by then, unless another was first.
     """
     for thread in Path("/proc/self/task").glob("*"):
         try:
             descriptor = os.open(thread / "stat", os.O_RDONLY)
-        except OSError:  # it has ended
+        except FileNotFoundError:  # it has ended
             continue
         try:
             name, _, rest = os.read(descriptor, 512).decode(errors="replace").partition("(")[2].rpartition(")")

@@ -14,10 +14,8 @@ from merit_ds.layout import Matrix, ShardLayout
 from merit_ds.megatron import split_axis
 
 MATRIX_VIEWS = "'stack', 'flatten' or ('qkv', query rows, head rows)"
-MARKS = ("matrix_view", "no_weight_decay", "no_trust_ratio", "sign_update")
-"""What an attribute of a parameter or, where it has none, a key of its group says of it."""
-LAYOUT_SETTINGS = ("matrix_view", "no_weight_decay", "no_trust_ratio", "elementwise", "whole_bound")
-"""Keys of a group that count when its weights are laid out, and not afterwards."""
+MARKS = ("matrix_view", "no_weight_decay", "no_trust_ratio")
+"""What an attribute of a parameter or, where it has none, a key of its group says of its matrices."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,18 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
         "whole_bound": param_group.get("whole_bound", True),
     }
     return [replace(matrix, **rule) for matrix in _viewed(parameter, param_group, start)]
+
+
+def layout_settings(param_group: dict[str, Any]) -> dict[str, Any]:
+    """What a group says to `logical_matrices`; a change of it afterwards would be passed over."""
+    view = param_group.get("matrix_view")
+    return {
+        "matrix_view": tuple(view) if isinstance(view, list) else view,
+        "no_weight_decay": bool(param_group.get("no_weight_decay")),
+        "no_trust_ratio": bool(param_group.get("no_trust_ratio")),
+        "elementwise": param_group.get("elementwise", True),
+        "whole_bound": param_group.get("whole_bound", True),
+    }
 
 
 def is_matrix_view(view: Any) -> bool:

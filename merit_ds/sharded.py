@@ -15,7 +15,7 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
 from merit_ds.ops.rule import Rule
 from merit_ds.registration import allow_under_zero
-from merit_ds.shard import LAYOUT_SETTINGS, Shard
+from merit_ds.shard import MARKS, Shard, layout_settings
 from merit_ds.step import Stepper
 from merit_ds.summary import log_summary
 from merit_ds.validation import (
@@ -70,6 +70,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     stepper: ClassVar[type[Stepper]] = Stepper
+    marks: ClassVar[tuple[str, ...]] = MARKS
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, rule: Rule, fused: bool | None = None) -> None:
         if fused not in (None, True, False):
@@ -81,7 +82,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._origins: list[_Origin] = []
         self._bound: dict[Tensor, Shard] = {}
         self._laid_out: dict[int, dict[str, Any]] = {}
-        """Of each group, by its id, the settings that its tensors were bound with."""
+        """Of each group, by its id, the `layout_settings` that its tensors were bound with."""
         self._agreed: set[Tensor] = set()
         self._works: dict[tuple[Any, ...], Work] = {}
         self._refusal: str | None = None
@@ -98,7 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         added = self.param_groups[-1]
         try:
             check_settings(added, name=type(self).__name__)
-            check_known(added, self.defaults, name=type(self).__name__)
+            check_known(added, {*self.defaults, *self.marks}, name=type(self).__name__)
             check_parameters(added, name=type(self).__name__)
         except ValueError:
             self.param_groups.pop()
@@ -122,16 +123,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
                 result is exact. No weight has been changed then; the moments of cut weights may have been, so every
                 further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
-                than in the first how its weights are laid out (`merit_ds.shard.LAYOUT_SETTINGS`).
+                than before how its weights are laid out (`merit_ds.shard.layout_settings`).
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact
             raise UnsupportedError(self._refusal)
+        self._check_laid_out()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            check_laid_out(group, self._laid_out.get(id(group), {}), name=type(self).__name__)
         work = self._work()
         if work is None:
             return loss
@@ -192,6 +192,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name in self.rule.moments:
                 self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
 
+    def _check_laid_out(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            if before := self._laid_out.get(id(group)):
+                now = layout_settings(self.settings_for_layout(group))
+                check_laid_out(before, now, name=type(self).__name__, number=number)
+
     def _check_ready(self) -> None:
         """Raise UnsupportedError where a step would lack something that the caller must have done before."""
 
@@ -224,9 +230,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if all(tensor in self._bound for tensor in group["params"]):
             return
         origin = self._origin(group)
-        self._laid_out.setdefault(id(group), {key: group.get(key) for key in LAYOUT_SETTINGS})
-        shards = bind(self.settings_for_layout(group), origin.parameters, shapes=origin.shapes)
+        settings = self.settings_for_layout(group)
+        shards = bind(settings, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
+        self._laid_out.setdefault(id(group), layout_settings(settings))
         tensors = [stepped_tensors(origin.group, origin.parameters) for origin in self._origins]
         if all(tensor in self._bound for tensor in chain.from_iterable(tensors)):
             log_summary(

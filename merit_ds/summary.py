@@ -94,7 +94,7 @@ def _settings(group: dict[str, Any]) -> str:
         if key not in _OWN_WORDS and (key not in _USUAL or _USUAL[key] != value)
     ]
     decay = []
-    if "weight_decay" in group:
+    if "decay_vectors" in group:
         decay = [f"weight_decay {group['weight_decay']:g} ({'all' if group['decay_vectors'] else 'matrices only'})"]
     return ", ".join([f"lr {group['lr']:g}", *others, *decay])
 

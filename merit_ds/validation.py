@@ -2,7 +2,7 @@
 """What the optimizers accept: settings, parameters, and saved states."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import same_sharding
 from merit_ds.ops.table import DTYPES
-from merit_ds.shard import MARKS, MATRIX_VIEWS, is_matrix_view, logical_matrices
+from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, logical_matrices
 
 
 def _is_number(value: Any) -> bool:
@@ -88,24 +88,34 @@ def check_settings(group: dict[str, Any], *, name: str) -> None:
                 raise ValueError(f"{name}: {key}={group[key]!r}, but it must be {kind.allowed}")
 
 
-def check_known(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
-    """Raise ValueError for a group's setting that the optimizer would pass over, being another's."""
+def _asks(key: str, value: Any) -> bool:
+    """Whether a setting wants anything of an optimizer that lacks it."""
+    return not value if key == "whole_bound" else bool(value)
+
+
+def check_known(group: dict[str, Any], known: Collection[str], *, name: str) -> None:
+    """Raise ValueError for a group's setting that the optimizer would pass over, being another's.
+
+    Args:
+        known: the optimizer's own settings and marks. Others may be there if they ask for nothing.
+    """
     for key in (key for kind in _KINDS for key in kind.settings):
-        if group.get(key) and key not in defaults and key not in MARKS:
+        if key in group and key not in known and _asks(key, group[key]):
             raise ValueError(f"{name}: a group has {key}={group[key]!r}, and {name} has no {key}: leave it out")
 
 
-def check_laid_out(group: dict[str, Any], laid_out: dict[str, Any], *, name: str) -> None:
+def check_laid_out(before: dict[str, Any], now: dict[str, Any], *, name: str, number: int) -> None:
     """Raise UnsupportedError where a group says otherwise than when its weights were laid out.
 
     Args:
-        laid_out: its LAYOUT_SETTINGS at that time.
+        before, now: its `layout_settings`.
+        number: the group's.
     """
-    for key, value in laid_out.items():
-        if group.get(key) != value:
+    for key, value in before.items():
+        if now[key] != value:
             raise UnsupportedError(
-                f"{name}: a group's {key} was changed from {value!r} to {group.get(key)!r} after its first step: set "
-                "it before that, or right after load_state_dict"
+                f"{name}: {key} of group {number} was changed from {value!r} to {now[key]!r} after its weights were "
+                "laid out by it: set it when the group is made, or right after load_state_dict"
             )
 
 

@@ -143,13 +143,28 @@ def test_groups_that_would_be_taken_otherwise_than_meant_are_refused(group, mess
         (MeritScion, {"weight_decay": 0.1}, "weight_decay=0.1, and MeritScion has no weight_decay"),
         (MeritLion, {"clip": 1.0}, "clip=1.0, and MeritLion has no clip"),
         (MeritLAMB, {"elementwise": True}, "elementwise=True, and MeritLAMB has no elementwise"),
+        (MeritLAMB, {"whole_bound": False}, "whole_bound=False, and MeritLAMB has no whole_bound"),
+        (Merit, {"sign_update": True}, "sign_update=True, and Merit has no sign_update"),
     ],
 )
 def test_a_groups_setting_that_would_be_passed_over_is_refused(kind, group, message):
     with pytest.raises(ValueError, match=message):
         kind([{"params": model(), **group}], 0.01)
-    off = {key: type(value)() for key, value in group.items()} if "clip" not in group else {}
-    kind([{"params": model(), "no_weight_decay": True, "note": "anybody's", **off}], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [
+        (MeritScion, {"weight_decay": 0.0, "sign_update": True}),  # the decay as Hugging Face writes it in any group
+        (MeritLion, {"clip": None, "initial_lr": 0.01}),
+        (MeritLAMB, {"elementwise": False, "whole_bound": True, "no_weight_decay": True}),
+    ],
+)
+def test_a_groups_setting_that_asks_for_nothing_may_be_there(kind, group):
+    weights = model()
+    before = [weight.detach().clone() for weight in weights]
+    train(kind([{"params": weights, "note": "anybody's", **group}], 0.01), weights, steps=range(1))
+    assert not any(map(torch.equal, weights, before))
 
 
 @pytest.mark.parametrize(("key", "value"), [("elementwise", False), ("whole_bound", False), ("no_weight_decay", True)])
@@ -162,7 +177,7 @@ def test_what_weights_are_laid_out_by_cannot_change_after_the_first_step(key, va
     assert all(map(torch.equal, weights, other))
     before = [weight.detach().clone() for weight in weights]
     optimizer.param_groups[0][key] = not value
-    with pytest.raises(UnsupportedError, match=f"{key} was changed from {value} to {not value} after its first step"):
+    with pytest.raises(UnsupportedError, match=f"{key} of group 0 was changed from {value} to {not value} after its"):
         train(optimizer, weights, steps=range(1))
     assert all(map(torch.equal, weights, before))
     state = optimizer.state_dict()
@@ -172,3 +187,18 @@ def test_what_weights_are_laid_out_by_cannot_change_after_the_first_step(key, va
     again.load_state_dict(state)
     train(again, other, steps=range(2, 4))
     assert all(map(torch.equal, weights, other))
+
+
+def test_a_layout_that_failed_may_be_repaired_and_the_same_said_otherwise():
+    weight = torch.nn.Parameter(torch.ones(3, 5, 7))
+    optimizer = Merit([{"params": [weight], "matrix_view": "stack"}], 0.01)
+    group = optimizer.param_groups[0]
+    group["matrix_view"] = "heap"
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match="matrix_view 'heap'"):
+        optimizer.step()
+    group["matrix_view"] = "stack"
+    optimizer.step()
+    group.update(no_weight_decay=False, no_trust_ratio=None)  # what it was without them
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2

@@ -86,15 +86,17 @@ def test_a_slow_rank_is_named_and_the_job_goes_on(folder):
     process = start(folder, "slow")
     family = psutil.Process(process.pid).children(recursive=True)
     rank = next(member for member in family[::-1] if "--local_rank=1" in member.cmdline())
-    reached = max(launch.losses(folder / "slow"))
-    while max(launch.losses(folder / "slow")) < reached + 2 * STEPS:
-        rank.suspend()
-        time.sleep(0.1)
-        rank.resume()
-        time.sleep(0.02)
-    for member in family:
-        member.kill()
-    output = process.communicate(timeout=60)[0]
+    reached, deadline = max(launch.losses(folder / "slow")), time.monotonic() + 200
+    try:
+        while max(launch.losses(folder / "slow")) < reached + 2 * STEPS and time.monotonic() < deadline:
+            rank.suspend()
+            time.sleep(0.1)
+            rank.resume()
+            time.sleep(0.02)
+    finally:
+        for member in family:
+            member.kill()
+        output = process.communicate(timeout=60)[0]
     assert f" slow, and all others wait: rank 1 on {socket.gethostname()} (" in output, output
     assert "wait: rank 0" not in output and "error: " not in output, output
 

@@ -197,6 +197,7 @@ class MeritScion(ShardedOptimizer):
     """
 
     stepper = ScionStepper
+    marks = (*ShardedOptimizer.marks, "sign_update")
 
     def __init__(
         self,

@@ -6,26 +6,43 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median_low
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from merit_ds.training.agreement import together
 
 STEPS = 50
-"""In each so many steps the ranks compare what they took."""
+"""After each so many steps the ranks compare what they took."""
 SLOW = 1.5
-"""How many times the ranks' median is called slow."""
+"""A rank is slow that takes so many times the ranks' median, ..."""
+FELT = 0.05
+"""... if the others then wait for so much of a step at least."""
 NAMED = 4
-"""Ranks in a line; of more it says how many."""
+"""Ranks that a line names; of more it says how many."""
+
+
+class Taken(NamedTuple):
+    """What a rank took for a step, on average.
+
+    Attributes:
+        seconds: for its first micro-batch's data and forward pass.
+        step: seconds of the whole step, evaluations and checkpoints between the steps included.
+    """
+
+    host: str
+    seconds: float
+    step: float
 
 
 class Pace:
-    """How long this rank takes for what it waits for nobody in: its data and the first forward pass of each step.
+    """How long this rank takes for what it waits for nobody in: reading a step's first micro-batch and going forward.
 
-    Backward passes hold collectives under ZeRO-1 and 2, in which a fast rank takes as long as the slowest. Where layers
-    are split, their ranks wait for one another in the forward pass too, and are slow together.
+    Backward passes hold collectives under ZeRO-1 and 2, in which a fast rank takes as long as the slowest; ZeRO-3's
+    forward passes do too, but the trainer has no ZeRO-3. Where layers are split, their ranks wait for one another in
+    the forward pass, and are slow together.
 
     Args:
         device: whose own clock measures the forward pass where it runs on after the host.
@@ -34,7 +51,8 @@ class Pace:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._steps = -1  # in the first step kernels are compiled
-        self._begin = self._seconds = 0.0
+        self._since = self._begin = time.perf_counter()
+        self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
 
     def begin(self) -> None:
@@ -65,30 +83,45 @@ class Pace:
         """
         self._steps += 1
         line = None
-        if self._steps == STEPS:
-            own = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
-            taken = together(lambda: [socket.gethostname(), own / STEPS], failing="cannot compare the ranks' pace")
-            line = slow_ranks([(host, seconds) for host, seconds in taken], step=step)
+        if self._steps == STEPS and dist.get_world_size() > 1:
+            taken = together(self._taken, failing="cannot compare the ranks' pace")
+            known = [Taken(*each) for each in taken if each is not None]
+            if len(known) == len(taken):
+                line = slow_ranks(known, step=step)
         if self._steps in (0, STEPS):
-            self._steps, self._seconds = 0, 0.0
+            self._steps, self._seconds, self._since = 0, 0.0, time.perf_counter()
             self._events.clear()
         return line
 
+    def _taken(self) -> list[Any] | None:
+        """`Taken`; None where the device's clock fails: no run may end of that."""
+        try:
+            seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        except RuntimeError:
+            return None
+        return [socket.gethostname(), seconds / STEPS, (time.perf_counter() - self._since) / STEPS]
 
-def slow_ranks(taken: Sequence[tuple[str, float]], *, step: int) -> str | None:
-    """The line about ranks that took more than SLOW times the median; None without any.
+
+def slow_ranks(taken: Sequence[Taken], *, step: int) -> str | None:
+    """The line about slow ranks; None without any.
 
     Args:
-        taken: host and seconds a step, of each rank.
-        step: the last of the STEPS that these are of.
+        taken: by rank.
+        step: the last of the STEPS that it is of.
     """
-    usual = median_low(seconds for _, seconds in taken)
-    slow = sorted(((s, rank, host) for rank, (host, s) in enumerate(taken) if s > SLOW * usual), reverse=True)
+    usual, whole = median_low(each.seconds for each in taken), taken[0].step
+    slow = [
+        (each.seconds, rank, each.host)
+        for rank, each in enumerate(taken)
+        if each.seconds > SLOW * usual and each.seconds - usual > FELT * whole
+    ]
     if not slow:
         return None
+    slow.sort(reverse=True)
+    steps = f"{step - STEPS + 1} to {step}"
     names = [f"rank {rank} on {host} ({seconds * 1000:.0f} ms)" for seconds, rank, host in slow[:NAMED]]
     more = [f"{len(slow) - NAMED} more"] if len(slow) > NAMED else []
     return (
         f" slow, and all others wait: {', '.join([*names, *more])}; the median rank takes {usual * 1000:.0f} ms to "
-        f"read its data and go forward, in steps {step - STEPS + 1} to {step}"
+        f"read its first micro-batch and go forward, of {whole * 1000:.0f} ms a step (means of steps {steps})"
     )
