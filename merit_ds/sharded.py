@@ -66,11 +66,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             of `step` and device; set it on all ranks. It stays until it is set to None.
 
     Raises:
-        ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
+        ValueError: a setting out of its range, a group's that is another optimizer's, or a parameter whose dtype or
+            shape has no defined step.
     """
 
     stepper: ClassVar[type[Stepper]] = Stepper
     marks: ClassVar[tuple[str, ...]] = MARKS
+    """What a group may say beside the settings in `defaults`."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, rule: Rule, fused: bool | None = None) -> None:
         if fused not in (None, True, False):
