@@ -168,14 +168,26 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _git_revision() -> str | None:
-    """None outside a checkout, and in an image without git."""
-    command = ["git", "describe", "--always", "--dirty"]
+def _git_revision(package: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit, with -dirty where the package's own files differ from it; the run's settings stand beside it.
+
+    Files elsewhere in the checkout do not count: a study that lies in it changes as its runs come in.
+
+    Returns:
+        None outside a checkout, where the checkout around the package is another project's (a virtual environment in
+        its folder), and in an image without git.
+    """
+
+    def git(*arguments: str) -> str:
+        finished = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True)
+        return finished.stdout.strip()
+
     try:
-        finished = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if not git("ls-files", "__init__.py"):
+            return None
+        return git("describe", "--always") + ("-dirty" if git("status", "--porcelain", ".") else "")
     except OSError:
         return None
-    return finished.stdout.strip() or None
 
 
 def draw_losses(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:

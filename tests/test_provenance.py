@@ -1,0 +1,50 @@
+"""The git revision in a run's files: what makes a checkout dirty, and whose checkout it is."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from merit_ds.training.report import _git_revision
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A checkout with a package and a study in it, one commit."""
+    for file in ("package/__init__.py", "studies/tuning.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("first\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "package", "studies")
+    git(tmp_path, "commit", "-qm", "first")
+    return tmp_path / "package"
+
+
+def test_a_study_in_the_checkout_does_not_make_the_code_dirty(package: Path) -> None:
+    commit = git(package, "rev-parse", "--short", "HEAD")
+    (package.parent / "studies/tuning.json").write_text("more runs\n")
+    (package.parent / "studies/new.jsonl").write_text("a result\n")
+    assert _git_revision(package) == commit
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "new.py"])
+def test_a_changed_or_a_new_file_of_the_package_does(package: Path, file: str) -> None:
+    commit = git(package, "rev-parse", "--short", "HEAD")
+    (package / file).write_text("changed\n")
+    assert _git_revision(package) == f"{commit}-dirty"
+
+
+def test_another_projects_checkout_is_not_ours(package: Path) -> None:
+    """A virtual environment in a project's folder: its commit says nothing about what is installed there."""
+    installed = package.parent / ".venv/site-packages/merit_ds"
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("installed\n")
+    assert _git_revision(installed) is None
+    assert _git_revision(Path("/")) is None
