@@ -145,6 +145,7 @@ def test_groups_that_would_be_taken_otherwise_than_meant_are_refused(group, mess
         (MeritLAMB, {"elementwise": True}, "elementwise=True, and MeritLAMB has no elementwise"),
         (MeritLAMB, {"whole_bound": False}, "whole_bound=False, and MeritLAMB has no whole_bound"),
         (Merit, {"sign_update": True}, "sign_update=True, and Merit has no sign_update"),
+        (MeritSophiaG, {"hessian_interval": 5}, "hessian_interval is one for all groups"),
     ],
 )
 def test_a_groups_setting_that_would_be_passed_over_is_refused(kind, group, message):

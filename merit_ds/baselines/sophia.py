@@ -84,7 +84,8 @@ class MeritSophiaG(ShardedOptimizer):
         decay_vectors: False leaves parameters of 0 or 1 dimensions undecayed, whatever their group says.
 
     Raises:
-        ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.
+        ValueError: a setting out of its range, a group's own interval or sequences, or a parameter whose dtype or
+            shape has no defined step.
     """
 
     def __init__(
@@ -112,6 +113,13 @@ class MeritSophiaG(ShardedOptimizer):
         }
         super().__init__(params, defaults, rule=SophiaRule())
         self._estimated = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; an estimate is one of all weights, so a group has no interval or sequences of its own."""
+        for key in ("hessian_interval", "hessian_sequences"):
+            if param_group.get(key, self.defaults[key]) != self.defaults[key]:
+                raise ValueError(f"MeritSophiaG: {key} is one for all groups: give it to the optimizer, not to a group")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def update_hessian(self, grads: Sequence[Tensor], *, examples: int) -> None:
