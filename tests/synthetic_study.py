@@ -108,7 +108,8 @@ def write_run(
 ) -> Path:
     """One run's folder with all of its files."""
     loss = final_loss(optimizer, batch, lr, seed, ablation)
-    id_ = f"{ablation or optimizer}-b{batch}-lr{lr:g}-s{seed}".replace(" ", "_")
+    prefix = "" if model == "0.8M" else f"{model}-"
+    id_ = f"{prefix}{ablation or optimizer}-b{batch}-lr{lr:g}-s{seed}".replace(" ", "_")
     folder = study / "runs" / id_
     folder.mkdir(parents=True)
     steps = TOKENS // (batch * SEQUENCE)

@@ -176,3 +176,29 @@ def _ablation_bar(axes: Any, row: int, summary: Summary, *, place: float) -> Non
     text = signed(summary.mean) + (f" ({summary.diverged} diverged)" if summary.diverged else "")
     right = max(summary.high, 0) + place if worse else min(summary.low, 0) - place
     axes.text(right, row, text, va="center", ha="left" if worse else "right", fontsize=8.5)
+
+
+def draw_models(groups: Mapping[int, Mapping[str, Mapping[str, Best]]]) -> Any:
+    """A panel for each batch: the models stand side by side, and a line for each optimizer leads from one to the next.
+
+    Args:
+        groups: batch to optimizer to model to what the optimizer came to with it.
+    """
+    figure, every = panels(len(groups), height=4.0)
+    for axes, (batch, group) in zip(every, groups.items(), strict=True):
+        labels = list(dict.fromkeys(label for models in group.values() for label in models))
+        ends = []
+        for name in ordered(group):
+            points = [(labels.index(label), best.summary) for label, best in group[name].items()]
+            axes.plot([x for x, _ in points], [summary.mean for _, summary in points], **style(name))
+            for x, summary in points:
+                axes.plot([x, x], [summary.low, summary.high], color=look(name)[0], linewidth=6, alpha=0.28)
+            x, last = points[-1]
+            ends.append((f"{name} {last.mean:.3f}", x, last.mean, ink(name)))
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.3, len(labels) - 0.7)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(f"batch {batch:,}")
+        label_left(axes, LOSS)
+        end_labels(axes, ends, fontsize=9)
+    return figure

@@ -18,6 +18,7 @@ from merit_ds.lab.report_cost import cost_section
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_listing import overview_section, runs_section, studies_section
 from merit_ds.lab.report_loss import best_section, sensitivity_section, tune
+from merit_ds.lab.report_models import models_section
 from merit_ds.lab.report_page import Plot, Section, render_html, render_markdown
 from merit_ds.lab.report_runs import Study, distinct, read_study, tell_apart
 from merit_ds.lab.report_telemetry import telemetry_sections
@@ -73,6 +74,7 @@ def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float
         steps_section(tuned, links, target=target_loss),
         curves_section(tuned, links),
         ablations_section(runs, tuned, links),
+        models_section(studies, tuned, links),
         *telemetry_sections(tuned, links),
         cost_section(runs, links),
         studies_section(studies),

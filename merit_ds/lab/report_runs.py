@@ -67,6 +67,11 @@ class Run:
         return self.optimizer if self.variant is None else self.variant
 
     @property
+    def model(self) -> str:
+        """The model's label in the study."""
+        return str((self.result.get("point") or {}).get("model", "default"))
+
+    @property
     def point(self) -> tuple[object, ...]:
         """What may be there only once."""
         return (self.family, self.optimizer, self.variant, self.batch, self.lr, self.seed)
@@ -110,6 +115,15 @@ class Study:
     runs: list[Run]
     unfinished: list[str]
     """Names of run folders without a result."""
+
+    @property
+    def models(self) -> list[str]:
+        """The labels of its runs' models, in the order of study.yaml where that can be read."""
+        with suppress(yaml.YAMLError):
+            study = yaml.safe_load(self.text or "")
+            listed = study.get("models") if isinstance(study, dict) else None
+            return list(dict.fromkeys([*(str(label) for label in listed or ()), *(run.model for run in self.runs)]))
+        return list(dict.fromkeys(run.model for run in self.runs))
 
 
 def read_study(folder: Path) -> Study:
