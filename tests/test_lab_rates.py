@@ -8,8 +8,10 @@ from tiny_study import ADAMW, MERIT, ids, loader
 
 from merit_ds.errors import InputError
 from merit_ds.lab.laboratory import describe_doubts
-from merit_ds.lab.points import expand
+from merit_ds.lab.points import Cell, expand
 from merit_ds.lab.result import losses_of
+
+ABLATION = Cell("MERIT without clip", "default", 8, 81920)
 
 
 @pytest.fixture
@@ -132,3 +134,46 @@ def test_a_model_may_take_the_rates_of_another(load):
     )
     with pytest.raises(InputError, match=r"AdamW at batch 8, model plain \(163840 tokens\)"):
         expand(study, {})
+
+
+CLOSE = {"seed: [1, 2, 3], lr: best": "seed: [1, 2, 3], lr: best, within: 0.1"}
+
+
+def test_rates_close_to_the_best_run_with_all_seeds_before_one_is_chosen(load):
+    study = load(CLOSE)
+    first = {"MERIT-b8-lr0.01-s1": 1.6, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.04-s1": 1.7}
+    expansion = expand(study, first)
+    new = {id_ for id_ in ids(expansion) if id_.startswith("MERIT-b8") and not id_.endswith("s1")}
+    assert new == {f"MERIT-b8-lr{lr}-s{seed}" for lr in ("0.01", "0.02") for seed in (2, 3)}
+    assert expansion.tunings[MERIT].best is None and MERIT not in expansion.waiting
+    assert expansion.waiting[ABLATION] == 2
+    seeds = {f"MERIT-b8-lr{lr}-s{seed}": loss for lr, loss in (("0.01", 1.5), ("0.02", 1.9)) for seed in (2, 3)}
+    assert expand(study, first | dict(list(seeds.items())[:3])).tunings[MERIT].best is None
+    expansion = expand(study, first | seeds)
+    assert expansion.tunings[MERIT].best == 0.01
+    assert {id_ for id_ in ids(expansion) if "without_clip" in id_} == {
+        "MERIT_without_clip-b8-lr0.01-s1",
+        "MERIT_without_clip-b8-lr0.01-s2",
+    }
+
+
+def test_a_best_rate_that_is_far_ahead_runs_alone(load):
+    losses = {"MERIT-b8-lr0.01-s1": 1.7, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.04-s1": 1.7}
+    expansion = expand(load(CLOSE), losses)
+    assert {id_ for id_ in ids(expansion) if id_.startswith("MERIT-b8") and "s1" not in id_} == {
+        "MERIT-b8-lr0.02-s2",
+        "MERIT-b8-lr0.02-s3",
+    }
+    assert expansion.tunings[MERIT].best == 0.02 and ABLATION not in expansion.waiting
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch: [8, 48], lr: {", "batch: [8, 48], within: 0.1, lr: {", "within belongs to a grid with `lr: best`"),
+        ("seed: [1, 2], lr: best", "seed: [1, 2], lr: best, within: 0.1", "not for lr_of"),
+    ],
+)
+def test_within_is_refused_where_it_would_do_nothing(load, old, new, message):
+    with pytest.raises(InputError, match=message):
+        load({old: new})

@@ -47,6 +47,17 @@ def test_best_lr_is_chosen_on_the_seeds_of_the_whole_grid():
     assert best_lr([Outcome(0.02, 1, 1.9)]).fresh is None
 
 
+def test_close_rates_with_more_seeds_are_compared_again_over_these():
+    """On seed 1 alone 0.02 is the lowest; over seeds 1 and 2, which 0.01 has as well, 0.01 is."""
+    grid = [(0.01, 1, 2.0), (0.01, 2, 2.0), (0.02, 1, 1.9), (0.02, 2, 2.5), (0.02, 3, 1.0), (0.04, 1, 1.95)]
+    best = best_lr([Outcome(*one) for one in grid])
+    assert (best.lr, best.chosen_on, best.left_out) == (0.01, (1, 2), ())
+    diverged = [(lr, seed, INF if seed == 2 else loss) for lr, seed, loss in grid]
+    assert best_lr([Outcome(*one) for one in diverged]).lr == 0.02  # the second look says nothing: the first one stands
+    elsewhere = [(0.04, 1, 1.8), *grid[:-1]]
+    assert best_lr([Outcome(*one) for one in elsewhere]).lr == 0.04  # more seeds of others do not count against it
+
+
 def test_best_lr_over_several_common_seeds():
     grid = [(0.1, 1, 1.0), (0.1, 2, 3.0), (0.2, 1, 1.8), (0.2, 2, 2.0)]
     assert best_lr([Outcome(*one) for one in grid]).lr == 0.2  # 1.9 against 2.0

@@ -5,7 +5,8 @@ A grid with `lr: best` waits for the grids that list learning rates: it takes th
 loss (the mean over their seeds) of the same optimizer, batch, model and budget, chosen as the report chooses it. A run
 that diverged counts as an infinite loss; one that failed tells nothing of its rate and takes no part. A best rate at
 the end of those that are left proves little, so that is recorded, and with `extend` the list grows until the best is
-inside; downwards where every rate diverged.
+inside; downwards where every rate diverged. With `within` the rates that come near to the best are run with the grid's
+seeds too, and the mean over these decides.
 """
 
 import math
@@ -100,7 +101,12 @@ def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
     Raises:
         InputError: a grid asks for the best of rates that no grid lists.
     """
-    tunings, points = _tunings(study, losses)
+    tunings, lists = _tunings(study, losses)
+    _compare_close_rates(study, tunings, lists, losses)
+    points: dict[str, Point] = {}
+    for listed in lists.values():
+        for point in listed:
+            points.setdefault(point.id, point)
     waiting: dict[Cell, int] = {}
     hopeless: dict[Cell, int] = {}
     for grid in study.grids:
@@ -115,14 +121,14 @@ def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
                 if tuning.best is not None:
                     for point in _points(study, grid, cell, [tuning.best]):
                         points.setdefault(point.id, point)
-                else:
+                elif not any(point.grid == grid.name for point in lists.get(cell, ())):
                     target = hopeless if tuning.finished else waiting
                     target[cell] = target.get(cell, 0) + len(grid.seed)
     return Expansion(list(points.values()), waiting, hopeless, tunings)
 
 
-def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuning], dict[str, Point]]:
-    """The state of each list of learning rates, and all their runs by id."""
+def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuning], dict[Cell, list[Point]]]:
+    """The state of each list of learning rates, and its runs."""
     lists: dict[Cell, list[Point]] = {}
     extend: dict[Cell, int] = {}
     for grid in study.grids:
@@ -132,11 +138,23 @@ def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuni
                 lists.setdefault(cell, []).extend(_points(study, grid, cell, rates))
                 extend[cell] = max(extend.get(cell, 0), grid.extend)
     tunings = {cell: _tune(study, listed, losses, extend=extend[cell]) for cell, listed in lists.items()}
-    points: dict[str, Point] = {}
-    for listed in lists.values():  # _tune has added to them
-        for point in listed:
-            points.setdefault(point.id, point)
-    return tunings, points
+    return tunings, lists  # to which _tune has added
+
+
+def _compare_close_rates(
+    study: Study, tunings: dict[Cell, Tuning], lists: dict[Cell, list[Point]], losses: Mapping[str, float]
+) -> None:
+    """Add to the lists the runs that `within` asks for, and decide anew where they are finished."""
+    for grid in study.grids:
+        for cell in _cells(study, grid) if grid.within else ():
+            tuning = tunings.get(cell)
+            lowest = None if tuning is None or tuning.best is None else tuning.losses[tuning.best]
+            if tuning is None or lowest is None:
+                continue
+            close = [rate for rate, loss in tuning.losses.items() if loss is not None and loss <= lowest + grid.within]
+            if len(close) > 1:
+                lists[cell] += _points(study, grid, cell, close)
+                tunings[cell] = _compare(cell, lists[cell], losses, added=tuning.added)
 
 
 def _cells(study: Study, grid: Grid) -> list[Cell]:

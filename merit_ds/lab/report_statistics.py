@@ -5,7 +5,7 @@ A loss is in nats a token; a run that diverged has the loss infinity, so it can 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Literal, NamedTuple
@@ -89,8 +89,9 @@ def best_lr(outcomes: Sequence[Outcome]) -> Best | None:
     """The learning rate with the lowest mean loss over the seeds that the whole grid has.
 
     Seeds that only some learning rates have would favour those that were lucky, so they do not decide; they count in
-    the mean of the chosen one. If no seed ran everywhere, the seed with the most learning rates decides. Of equal
-    ones the lowest learning rate is taken.
+    the mean of the chosen one. But where the chosen one and others were all run with more seeds, since they were close,
+    these are compared once more, over all the seeds that they share. If no seed ran everywhere, the seed with the most
+    learning rates decides. Of equal ones the lowest learning rate is taken.
 
     Returns:
         None if there is no run, or if every learning rate diverged on the deciding seeds.
@@ -100,10 +101,15 @@ def best_lr(outcomes: Sequence[Outcome]) -> Best | None:
         return None
     chosen_on = _deciding_seeds(grid)
     competing = {lr: losses for lr, losses in grid.items() if losses.keys() >= chosen_on}
-    means = {lr: fmean(losses[seed] for seed in chosen_on) for lr, losses in competing.items()}
-    best = min(means, key=lambda lr: (means[lr], lr))
-    if math.isinf(means[best]):
+    best, mean = _lowest(competing, chosen_on)
+    if math.isinf(mean):
         return None
+    close = {lr: losses for lr, losses in competing.items() if losses.keys() > chosen_on}
+    shared = set.intersection(*(set(losses) for losses in close.values())) if len(close) > 1 else chosen_on
+    if best in close and shared > chosen_on:
+        second, mean = _lowest(close, shared)
+        if math.isfinite(mean):
+            best, chosen_on = second, shared
     return Best(
         lr=best,
         losses=grid[best],
@@ -111,6 +117,13 @@ def best_lr(outcomes: Sequence[Outcome]) -> Best | None:
         edge=_edge(best, list(grid)),
         left_out=tuple(lr for lr in grid if lr not in competing),
     )
+
+
+def _lowest(grid: Mapping[float, Mapping[int, float]], seeds: Collection[int]) -> tuple[float, float]:
+    """The learning rate with the lowest mean over these seeds, and that mean."""
+    means = {lr: fmean(losses[seed] for seed in seeds) for lr, losses in grid.items()}
+    best = min(means, key=lambda lr: (means[lr], lr))
+    return best, means[best]
 
 
 def _deciding_seeds(grid: Mapping[float, Mapping[int, float]]) -> set[int]:

@@ -57,12 +57,19 @@ class Grid(Section):
         ge=0,
         description="learning rates that may be added, one by one, while the best is at the grid's edge",
     )
+    within: float = Field(
+        default=0.0,
+        ge=0,
+        description="with `lr: best`, every rate whose loss is this near to the lowest runs too, and the mean decides",
+    )
 
     @model_validator(mode="after")
     def _learning_rates_are_there(self) -> "Grid":
         if self.lr != BEST:
             for label in self.optimizer:
                 self.learning_rates(label)
+            if self.within:
+                raise ValueError("within belongs to a grid with `lr: best`, not to one that lists its learning rates")
         elif self.extend:
             raise ValueError("extend belongs to a grid that lists its learning rates, not to `lr: best`")
         return self
@@ -111,6 +118,10 @@ class Study(Section):
         for grid in self.grids:
             _check_labels(f"grid {grid.name!r}: optimizer", grid.optimizer, self.optimizers)
             _check_labels(f"grid {grid.name!r}: model", self.models_of(grid), self.models)
+            borrowed = [self.optimizers[label].lr_of for label in grid.optimizer]
+            borrowed += [self.models[label].lr_of for label in self.models_of(grid)]
+            if grid.within and any(borrowed):
+                raise ValueError(f"grid {grid.name!r}: within is for what has learning rates of its own, not for lr_of")
         for kind, entries in (("optimizers", self.optimizers), ("models", self.models)):
             for label, entry in entries.items():
                 if entry.lr_of is not None:
