@@ -99,8 +99,14 @@ def test_equal_losses_take_the_lower_learning_rate():
 
 
 def test_winner_has_lost_no_seed():
-    assert winner({"a": summarize([1.0, INF]), "b": summarize([2.0]), "c": summarize([1.9, 2.3])}) == "b"
+    assert winner({"a": summarize([1.0, INF]), "b": summarize([2.0, 2.1]), "c": summarize([1.9, 2.3])}) == "b"
     assert winner({"a": summarize([INF])}) is None
+
+
+def test_one_seed_does_not_win_over_several():
+    several = {"a": summarize([2.0, 2.2]), "b": summarize([2.3, 2.1])}
+    assert winner(several | {"lucky": summarize([1.0])}) == "a"
+    assert winner({"a": summarize([2.0]), "b": summarize([1.9])}) == "b"
 
 
 def tuned(*losses, edge=None):
@@ -129,6 +135,9 @@ def test_doubts_in_a_leader():
         {"A": tuned(1.0, 1.1), "B": tuned(2.0, 2.1, edge="lowest")}
     )
     assert leader_text({"A": tuned(1.0), "B": tuned(2.0)}).endswith("(not both with several seeds)")
+    assert leader_text({"A": tuned(1.0, 1.1), "B": tuned(2.0, 2.1), "C": tuned(0.5)}) == (
+        "A has the lowest loss, 1.050, 1.000 below B (lower with one seed: C)"
+    )
 
 
 def test_overlap():

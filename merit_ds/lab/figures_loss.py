@@ -22,7 +22,7 @@ from merit_ds.lab.figures import (
     style,
     whole_steps,
 )
-from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, signed, smooth
+from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, signed, smooth, winner
 
 LOSS = "final validation loss (nats a token)"
 Curve = Sequence[tuple[int, float]]
@@ -35,10 +35,10 @@ def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
     figure.set_size_inches(10.4, 4.5)
     step = min(0.8 / max(len(names), 1), 0.2)
     for position, group in enumerate(groups.values()):
-        best = min((b.summary.mean for b in group.values() if not b.summary.diverged), default=None)
+        best = winner({name: found.summary for name, found in group.items()})
         for name, found in group.items():
             x = position + (names.index(name) - (len(names) - 1) / 2) * step
-            _best_mark(axes, x, name, found, winner=found.summary.mean == best)
+            _best_mark(axes, x, name, found, leads=name == best)
     axes.set_xticks(range(len(groups)), [f"{batch:,} sequences" for batch in groups])
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(visible=False, axis="x")
@@ -52,7 +52,7 @@ def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
     return figure
 
 
-def _best_mark(axes: Any, x: float, name: str, best: Best, *, winner: bool) -> None:
+def _best_mark(axes: Any, x: float, name: str, best: Best, *, leads: bool) -> None:
     colour, mark = look(name)
     summary = best.summary
     axes.plot([x, x], [summary.low, summary.high], color=colour, linewidth=6, alpha=0.28, solid_capstyle="round")
@@ -71,7 +71,7 @@ def _best_mark(axes: Any, x: float, name: str, best: Best, *, winner: bool) -> N
         rotation=90,
         fontsize=8.5,
         color=ink(name),
-        fontweight="bold" if winner else "normal",
+        fontweight="bold" if leads else "normal",
     )
 
 

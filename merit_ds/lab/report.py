@@ -20,6 +20,7 @@ from merit_ds.lab.report_listing import overview_section, runs_section, studies_
 from merit_ds.lab.report_loss import best_section, sensitivity_section, tune
 from merit_ds.lab.report_models import models_section
 from merit_ds.lab.report_page import Plot, Section, render_html, render_markdown
+from merit_ds.lab.report_repeats import repeats_section
 from merit_ds.lab.report_runs import Study, distinct, read_study, tell_apart
 from merit_ds.lab.report_telemetry import telemetry_sections
 from merit_ds.training.cli import report_errors
@@ -65,7 +66,8 @@ _LEAD = (
 
 def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float | None) -> list[Section]:
     """The report's parts, each only where its data is there."""
-    runs, doubles = distinct(tell_apart([run for study in studies for run in study.runs]))
+    every = tell_apart([run for study in studies for run in study.runs])
+    runs, doubles = distinct(every)
     tuned = tune(runs)
     found = [
         overview_section(studies, runs, doubles, tuned, links),
@@ -73,6 +75,7 @@ def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float
         sensitivity_section(tuned, links),
         steps_section(tuned, links, target=target_loss),
         curves_section(tuned, links),
+        repeats_section(every, links),
         ablations_section(runs, tuned, links),
         models_section(studies, tuned, links),
         *telemetry_sections(tuned, links),

@@ -79,6 +79,9 @@ def leader_text(found: Mapping[str, Best]) -> str | None:
         doubts.insert(0, "ranges over seeds overlap")
     elif min(summaries[leader].finite, summaries[second].finite) == 1:
         doubts.insert(0, "not both with several seeds")
+    lower = [name for name, summary in summaries.items() if summary.mean < summaries[leader].mean]
+    if lower:
+        doubts.append(f"lower with one seed: {', '.join(lower)}")
     fresh = {name: best.fresh for name, best in found.items() if name in summaries and best.fresh}
     if len(fresh) == len(summaries) and (ahead := winner(fresh)) != leader:
         doubts.append(f"on the fresh seeds {ahead} is ahead")
@@ -91,13 +94,19 @@ def _mixtures(runs: Sequence[Run]) -> list[str]:
     """Differences between runs that a reader should know of before comparing them."""
     found = []
     for key, name in (("git", "git revisions"), ("device", "devices")):
-        values = sorted({str(run.result[key]) for run in runs if run.result.get(key)})
-        if len(values) > 1:
-            found.append(f"The runs come from {len(values)} {name}: {', '.join(values)}.")
+        found += _mixture(name, [run.result.get(key) for run in runs])
+    for package in ("torch", "deepspeed"):
+        versions = [run.result.get("versions") for run in runs]
+        found += _mixture(f"versions of {package}", [v.get(package) for v in versions if isinstance(v, dict)])
     corpora = {json.dumps(run.result["data"], sort_keys=True) for run in runs if run.result.get("data")}
     if len(corpora) > 1:
         found.append(f"The runs come from {len(corpora)} different corpora: their losses cannot be compared.")
     return found
+
+
+def _mixture(name: str, values: Sequence[object]) -> list[str]:
+    distinct = sorted({str(value) for value in values if value})
+    return [f"The runs come from {len(distinct)} {name}: {', '.join(distinct)}."] if len(distinct) > 1 else []
 
 
 def _bad_row(run: Run, links: Links) -> list[Cell]:

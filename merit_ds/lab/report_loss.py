@@ -54,13 +54,14 @@ def outcomes(runs: Sequence[Run]) -> list[Outcome]:
 
 
 def tune(runs: Sequence[Run]) -> list[Tuned]:
-    """The full optimizers of all families and batches, in the order in which they are listed."""
+    """The full optimizers of all families and batches: families in the order of the runs, optimizers as listed."""
     groups: dict[tuple[Family, int, str], list[Run]] = {}
     for run in runs:
         if run.variant is None:
             groups.setdefault((run.family, run.batch, run.optimizer), []).append(run)
     names = ordered(name for _, _, name in groups)
-    keys = sorted(groups, key=lambda key: (key[0].model, key[0].tokens or 0, key[1], names.index(key[2])))
+    families = list(dict.fromkeys(run.family for run in runs))
+    keys = sorted(groups, key=lambda key: (families.index(key[0]), key[1], names.index(key[2])))
     return [Tuned(*key, runs=groups[key], best=best_lr(outcomes(groups[key]))) for key in keys]
 
 
@@ -77,9 +78,11 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
     section = Section("Best validation loss by optimizer and batch", "best")
     section.text.append(
         "For each optimizer and batch: the final validation loss at the learning rate that gave the lowest one. The "
-        "learning rate is chosen on the seeds that every learning rate was run with; mean and range are over all seeds "
-        "at that learning rate. The mean of the fresh seeds leaves those of the choice out: a loss that was chosen for "
-        "being low is lower than what another seed will give. Bold: the lowest mean at this batch. “Not separated” "
+        "learning rate is chosen on the seeds that every learning rate was run with; rates that came close to it and "
+        "were therefore run with more seeds are compared once more over these. Mean and range are over all seeds at "
+        "that learning rate. The mean of the fresh seeds leaves those of the choice out: a loss that was chosen for "
+        "being low is lower than what another seed will give. Bold: the lowest mean at this batch, of those with "
+        "several seeds where there are any. “Not separated” "
         "means that the ranges over seeds overlap, so that the order may be chance; even where they do not, three "
         "seeds against three give a two-sided p of 0.1 at best (2 of 20 orders)."
     )
@@ -92,7 +95,7 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
             Plot(
                 f"best-{slug(family.title)}",
                 f"{family.title}: final validation loss at each optimizer's best learning rate; mark: mean over seeds, "
-                "bar: their range, ticks: single seeds. Beside the paper's figure 4 and table 3.",
+                "bar: their range, ticks: single seeds. Beside the paper's figure 4 and table 3, of a Llama figure 6.",
                 partial(draw_best, found),
             )
         )

@@ -146,9 +146,14 @@ def _edge(best: float, grid: Sequence[float]) -> Edge | None:
 
 
 def winner(summaries: Mapping[str, Summary]) -> str | None:
-    """The name with the lowest mean of those that no seed lost; None if every one has a diverged seed."""
+    """The name with the lowest mean of those that no seed lost; None if every one has a diverged seed.
+
+    Where some have several seeds, those with one alone do not compete: their luck is not known.
+    """
     sound = {name: summary for name, summary in summaries.items() if summary.diverged == 0}
-    return min(sound, key=lambda name: sound[name].mean, default=None)
+    several = {name: summary for name, summary in sound.items() if summary.finite > 1}
+    competing = several or sound
+    return min(competing, key=lambda name: competing[name].mean, default=None)
 
 
 def signed(difference: float) -> str:
