@@ -99,6 +99,11 @@ def test_a_finished_study_is_not_repeated_and_its_failures_on_request_alone(fold
     again = lab(folder, "study", "done")
     assert again.returncode == 0 and "started" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in done[0].rglob("result.json")} == before
+    listed = lab(folder, "study", "done", "--retry-failed", "--dry-run")
+    assert re.findall(r"^(\S+) +\d+ steps", listed.stdout, re.MULTILINE) == ["unknown-b8-lr1-s1"]
+    others = lab(folder, "study", "done", "--retry-failed", "--only", "coarse")
+    assert others.returncode == 0 and "started" not in others.stdout
+    assert {path: path.stat().st_mtime_ns for path in done[0].rglob("result.json")} == before
     retried = lab(folder, "study", "done", "--retry-failed", "--only", "failing")
     assert re.findall(r"started +(\S+),", retried.stdout) == ["unknown-b8-lr1-s1"], retried.stdout
     status = subprocess.run(

@@ -139,7 +139,8 @@ def _submit(arguments: argparse.Namespace, ids: list[str], *, ranks: int) -> int
     values |= {"--ranks": arguments.ranks, "--vocab": arguments.vocab}
     options = [text for name, value in values.items() if value is not None for text in (name, str(value))]
     gpus = not cpu_is_asked_for()
-    command = ["run", str(arguments.study), "--jobs", "1", *options, *(["--need-gpus"] if gpus else [])]
+    flags = [flag for flag, given in (("--need-gpus", gpus), ("--retry-failed", arguments.retry_failed)) if given]
+    command = ["run", str(arguments.study), "--jobs", "1", *options, *flags]
     wanted = slurm.resources(ranks, gpus=gpus, options=arguments.sbatch) + arguments.sbatch
     script = slurm.write_array(arguments.output, ids, command=command, options=wanted)
     job = slurm.submit(script)

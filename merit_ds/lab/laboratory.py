@@ -96,10 +96,7 @@ class Laboratory:
         self._given_up: set[str] = set()
         self._told: set[str] = set()
         self._stillborn: list[tuple[Point, str]] = []
-        if retry_failed:
-            for id_, result in read_results(output).items():
-                if result["status"] == FAILED:
-                    (output / "runs" / id_ / RESULT).unlink()
+        self._retry: set[str] = self._failed() if retry_failed else set()
         self.state = State(Expansion([], {}, {}, {}), {})
         self._refresh()
 
@@ -142,6 +139,12 @@ class Laboratory:
         """What there is to start or to wait for; of a part of the study nothing depends on other processes' runs."""
         return [p for p in self.state.todo if not (self._only and p.point.id in self.state.elsewhere)]
 
+    def _failed(self) -> set[str]:
+        """Ids of the chosen runs whose result is that they failed."""
+        results = read_results(self.output)
+        points = expand(self.study, losses_of(results)).points
+        return {p.id for p in points if self._is_chosen(p) and results.get(p.id, {}).get("status") == FAILED}
+
     def plan(self, point: Point) -> RunPlan:
         """The point's files and steps. Raises: InputError: they are not valid, or the run's folder holds others."""
         if point.id not in self._plans:
@@ -156,7 +159,8 @@ class Laboratory:
     def _refresh(self) -> None:
         """Read the results anew, and find out which runs they make known."""
         state = self.state
-        state.results = read_results(self.output)
+        results = read_results(self.output)
+        state.results = {i: r for i, r in results.items() if i not in self._retry or r["status"] != FAILED}
         state.expansion = expand(self.study, losses_of(state.results))
         busy = {process.plan.point.id for process in state.running}
         chosen = [point for point in state.expansion.points if self._is_chosen(point)]
@@ -189,6 +193,10 @@ class Laboratory:
                 state.elsewhere.append(plan.point.id)
                 continue
             state.todo.remove(plan)
+            if plan.point.id in self._retry:  # unless another process has done so by now
+                if plan.point.id in self._failed():
+                    (folder / RESULT).unlink()
+                self._retry.discard(plan.point.id)
             if (folder / RESULT).exists():  # another process has finished it since the last look
                 os.close(lock)
                 stale = True
