@@ -1,11 +1,13 @@
-"""The git revision in a run's files: what makes a checkout dirty, and whose checkout it is."""
+"""How a run was made, in its files: the git revision, and every start of a run that was continued."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from merit_ds.training.report import _git_revision
+from merit_ds.training import report
+from merit_ds.training.report import RunFolder, _git_revision
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -48,3 +50,19 @@ def test_another_projects_checkout_is_not_ours(package: Path) -> None:
     (installed / "__init__.py").write_text("installed\n")
     assert _git_revision(installed) is None
     assert _git_revision(Path("/")) is None
+
+
+def test_each_start_that_a_runs_steps_go_back_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start at step 8 is forgotten by a run that goes on from step 6."""
+    for step, revision in ((0, "a"), (4, "b"), (8, "c"), (6, "d")):
+        monkeypatch.setattr(report, "_git_revision", lambda found=revision: found)
+        RunFolder(tmp_path).begin({"config": {}}, step=step)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert [(start["step"], start["git"]) for start in run["starts"]] == [(0, "a"), (4, "b"), (6, "d")]
+    assert run["git"] == "d" and run["starts"][0]["versions"]["torch"]
+    monkeypatch.undo()
+    RunFolder(tmp_path).begin({}, step=0)
+    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [0]
+    (tmp_path / "run.json").write_text("{")
+    RunFolder(tmp_path).begin({}, step=2)
+    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [2]

@@ -67,7 +67,8 @@ def write_result(
     """Judge a run that has ended and write its `result.json`, atomically; returns its content.
 
     Numbers that are not finite become null. `seconds_per_step` and `tflops_per_gpu` are medians over the log lines;
-    `wall_seconds` includes starting, evaluation, saving and every interrupted attempt.
+    `wall_seconds` includes starting, evaluation, saving and every interrupted attempt; `git` names the revision of
+    each start.
 
     Args:
         succeeded: whether the trainer ended without an error.
@@ -93,7 +94,7 @@ def write_result(
         "seconds_per_step": _median(train, "seconds"),
         "tflops_per_gpu": _median(train, "tflops_per_gpu"),
         "wall_seconds": wall_seconds(folder),
-        "git": run.get("git"),
+        "git": ", ".join(dict.fromkeys(start["git"] for start in run.get("starts", ()) if start["git"])) or None,
         "versions": run.get("versions"),
         "time": datetime.now().isoformat(timespec="seconds"),
         "device": run.get("gpu") or (f"cpu ({run['machine']})" if run else None),

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -99,10 +100,18 @@ class RunFolder:
         self.telemetry = path / "telemetry.jsonl"
 
     def begin(self, description: dict[str, Any], *, step: int) -> str:
-        """Write run.json, and drop the rows of what will be done again after `step`; returns run.json's text."""
+        """Write run.json, and drop the rows of what will be done again after `step`; returns run.json's text.
+
+        Its `starts` tell of each start that a step of the run goes back to: `step`, and how it was made from there on.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(description | provenance(), indent=1) + "\n"
-        write_text(self.path / "run.json", text)
+        path, made, before = self.path / "run.json", provenance(), []
+        if step and path.exists():
+            with suppress(ValueError, KeyError):  # written by something else: it is replaced
+                before = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = [start for start in before if start["step"] < step] + [{"step": step} | made]
+        text = json.dumps(description | made | {"starts": starts}, indent=1) + "\n"
+        write_text(path, text)
         for file in (self.metrics, self.telemetry):
             kept = [row for row in read_rows(file) if 0 < step >= row["iteration"]]
             if kept or file.exists():
