@@ -3,7 +3,10 @@
 
 import json
 import math
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_study import ids, loader
@@ -11,7 +14,7 @@ from tiny_study import ids, loader
 from merit_ds.errors import InputError
 from merit_ds.lab.laboratory import State
 from merit_ds.lab.points import expand
-from merit_ds.lab.progress import remaining_seconds, summary
+from merit_ds.lab.progress import finish, remaining_seconds, summary
 from merit_ds.lab.recipe import check_plan, plan_run, write_plan
 from merit_ds.lab.result import judge
 from merit_ds.lab.study import load_study
@@ -95,6 +98,24 @@ def test_the_rest_is_estimated_from_the_nearest_runs_that_are_done(load, tmp_pat
     assert text.startswith(
         "1 done, 0 running, 11 to do, 14 wait for a best learning rate; 3.5 h left (20.8 core-hours)"
     )
+
+
+def test_before_a_run_is_done_those_that_go_on_tell_how_long_the_rest_takes(load, tmp_path):
+    study = load()
+    expansion = expand(study, {})
+    plans = [plan_run(study, point, folder=tmp_path, ranks=1, vocab=False) for point in expansion.points]
+    first = SimpleNamespace(plan=plans[0], folder=tmp_path, started=time.monotonic() - 100.0, begun_at=0)
+    state = State(expansion, {}, running=[first], todo=plans[1:])
+    row = '{"iteration": %d, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(row % (plans[0].steps // 20))
+    assert remaining_seconds(state) is None
+    (tmp_path / "metrics.jsonl").write_text(row % (plans[0].steps // 4))
+    whole = 100.0 * plans[0].steps / (plans[0].steps // 4)
+    left = len(plans) - 1 + sum(expansion.waiting.values()) + 1 - (plans[0].steps // 4) / plans[0].steps
+    assert remaining_seconds(state) == pytest.approx(left * whole, rel=1e-3)
+    machine = Machine(tmp_path, jobs=1, ranks=1, threads=3, gpus=())
+    assert re.search(r"done about \w{3} \d\d:\d\d$", finish(5 * 86400, machine))
+    assert re.search(r"done about \d\d \w{3} \d\d:\d\d$", finish(9 * 86400, machine))
 
 
 @pytest.mark.parametrize(

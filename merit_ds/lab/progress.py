@@ -4,7 +4,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TextIO
 
@@ -20,19 +20,28 @@ PLAIN_SECONDS = 60.0
 class Pace:
     """Seconds of a run, from those that are done: of the same model and batch, else of the same model, else of any.
 
-    A finished run tells its seconds a token, start and evaluations included.
+    A finished run tells its seconds a token, start and evaluations included; where there is none, those tell that have
+    done a tenth.
     """
 
-    def __init__(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, results: Mapping[str, Mapping[str, Any]], running: Sequence[TrainerProcess] = ()) -> None:
         self._known: dict[tuple[Any, ...], list[float]] = {}
         for result in results.values():
             point = result["point"]
             if result["status"] == DONE and result["wall_seconds"]:
-                for key in ((point["model"], point["batch"]), (point["model"],), ()):
-                    self._known.setdefault(key, []).append(result["wall_seconds"] / point["tokens"])
+                self._learn(point["model"], point["batch"], result["wall_seconds"] / point["tokens"])
+        if not self._known:
+            for process in running:
+                cell, seconds = process.plan.point.cell, _whole(process)
+                if seconds is not None:
+                    self._learn(cell.model, cell.batch, seconds / cell.tokens)
+
+    def _learn(self, model: str, batch: int, seconds_a_token: float) -> None:
+        for key in ((model, batch), (model,), ()):
+            self._known.setdefault(key, []).append(seconds_a_token)
 
     def seconds(self, cell: Cell) -> float | None:
-        """Of one run; None as long as none is done."""
+        """Of one run; None as long as nothing is known."""
         for key in ((cell.model, cell.batch), (cell.model,), ()):
             if found := self._known.get(key):
                 return cell.tokens * sum(found) / len(found)
@@ -41,7 +50,7 @@ class Pace:
 
 def remaining_seconds(state: State) -> float | None:
     """Seconds of one job that the rest takes, runs that wait for a learning rate included; None: unknown."""
-    pace = Pace(state.results)
+    pace = Pace(state.results, state.running)
     parts = [_left(process, pace) for process in state.running]
     parts += [pace.seconds(plan.point.cell) for plan in state.todo if plan.point.id not in state.elsewhere]
     for cell, count in state.expansion.waiting.items():
@@ -53,12 +62,14 @@ def remaining_seconds(state: State) -> float | None:
 
 def _left(process: TrainerProcess, pace: Pace) -> float | None:
     """Of a run that goes on: by its own speed, if it has done a tenth, else by that of the others."""
-    done = last_iteration(process.folder) / process.plan.steps
-    begun = process.begun_at / process.plan.steps
-    if done - begun >= 0.1:
-        return (time.monotonic() - process.started) / (done - begun) * (1 - done)
-    seconds = pace.seconds(process.plan.point.cell)
-    return None if seconds is None else seconds * (1 - done)
+    seconds = _whole(process) or pace.seconds(process.plan.point.cell)
+    return None if seconds is None else seconds * (1 - last_iteration(process.folder) / process.plan.steps)
+
+
+def _whole(process: TrainerProcess) -> float | None:
+    """Seconds that all of a run takes by its own speed; None before it has done a tenth."""
+    done = (last_iteration(process.folder) - process.begun_at) / process.plan.steps
+    return (time.monotonic() - process.started) / done if done >= 0.1 else None
 
 
 def summary(state: State, machine: Machine) -> str:
@@ -78,14 +89,15 @@ def summary(state: State, machine: Machine) -> str:
 def finish(seconds: float | None, machine: Machine) -> str:
     """When the rest will be done and what it costs, as the end of a line."""
     if not seconds:
-        return "" if seconds == 0 else "; no estimate before the first run is done"
+        return "" if seconds == 0 else "; no estimate before a tenth of a run is done"
     end = datetime.now() + timedelta(seconds=seconds / machine.jobs)
     cost = (
         f"{seconds * machine.ranks / 3600:.1f} GPU-hours"
         if machine.gpus
         else f"{seconds * machine.cores / 3600:.1f} core-hours"
     )
-    return f"; {duration(seconds / machine.jobs)} left ({cost}), done about {end:%a %H:%M}"
+    when = f"{end:%a %H:%M}" if seconds / machine.jobs < 6 * 86400 else f"{end:%d %b %H:%M}"
+    return f"; {duration(seconds / machine.jobs)} left ({cost}), done about {when}"
 
 
 def duration(seconds: float) -> str:
