@@ -16,6 +16,7 @@ from merit_ds.training.model import build_model
 from merit_ds.training.report import flops_per_sequence
 from merit_ds.training.sample import sample_text
 from merit_ds.training.tokenizer import build_tokenizer
+from merit_ds.training.transformers_names import transformers_weights
 
 LAYERS, HIDDEN, HEADS, CONTEXT, VOCAB, ROWS = 2, 48, 4, 20, 200, 256
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "ffn_hidden_size": 72}
@@ -110,41 +111,12 @@ def theirs(shape: ModelConfig):
     return Qwen3ForCausalLM(Qwen3Config(**settings)) if shape.qk_norm else LlamaForCausalLM(LlamaConfig(**settings))
 
 
-def by_their_names(shape: ModelConfig, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values of our parameters' shapes under transformers' names."""
-    names = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"],
-        "model.norm.weight": ours["decoder.final_layernorm.weight"],
-    }
-    if not shape.tied_embeddings:
-        names["lm_head.weight"] = ours["output_layer.weight"]
-    for layer in range(LAYERS):
-        here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        qkv = ours[here + "self_attention.linear_qkv.weight"].view(HEADS, 3, HIDDEN // HEADS, HIDDEN)
-        gate, up = ours[here + "mlp.linear_fc1.weight"].chunk(2)
-        parts = {"q": qkv[:, 0], "k": qkv[:, 1], "v": qkv[:, 2]}
-        names |= {there + f"self_attn.{part}_proj.weight": rows.reshape(HIDDEN, HIDDEN) for part, rows in parts.items()}
-        names |= {
-            there + "self_attn.o_proj.weight": ours[here + "self_attention.linear_proj.weight"],
-            there + "mlp.gate_proj.weight": gate,
-            there + "mlp.up_proj.weight": up,
-            there + "mlp.down_proj.weight": ours[here + "mlp.linear_fc2.weight"],
-            there + "input_layernorm.weight": ours[here + "input_layernorm.weight"],
-            there + "post_attention_layernorm.weight": ours[here + "pre_mlp_layernorm.weight"],
-        }
-        if shape.qk_norm:
-            for part in "qk":
-                norm = ours[here + f"self_attention.{part}_layernorm.weight"]
-                names[there + f"self_attn.{part}_norm.weight"] = norm
-    return names
-
-
 @pytest.mark.parametrize("name", ["llama", "llama-untied", "llama-qk"])
 def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     shape = shape_of(**SHAPES[name])
     model, reference = far_from_initial(shape, torch.float32), theirs(shape_of(**SHAPES[name]))
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    copied = by_their_names(shape, {n: p.detach() for n, p in weights.items()})
+    copied = transformers_weights(shape, {n: p.detach() for n, p in weights.items()})
     parameters = dict(reference.named_parameters())
     assert parameters.keys() == copied.keys()
     with torch.no_grad():
@@ -156,7 +128,7 @@ def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     loss, gradients = loss_and_gradients(found, labels, weights)
     expected_loss, expected_gradients = loss_and_gradients(expected, labels, parameters)
     assert_close(loss, expected_loss, roundings=64, dtype=torch.float32)
-    for parameter, gradient in by_their_names(shape, gradients).items():
+    for parameter, gradient in transformers_weights(shape, gradients).items():
         assert_close(gradient, expected_gradients[parameter], roundings=256, dtype=torch.float32)
 
 

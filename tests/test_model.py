@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from merit_ds.errors import InputError
 from merit_ds.training.config import ModelConfig, padded_vocab
 from merit_ds.training.model import build_model, initialise_megatron, masked_mean
+from merit_ds.training.transformers_names import transformers_weights
 
 LAYERS, HIDDEN, HEADS, CONTEXT, VOCAB, ROWS = 3, 64, 4, 24, 200, 256
 
@@ -49,7 +50,7 @@ def randomise(model) -> None:
 
 
 def gpt2_with_weights_of(model) -> GPT2LMHeadModel:
-    """transformers' GPT-2 with the same weights; its Conv1D keeps matrices transposed, its biases are zero."""
+    """transformers' GPT-2 with the same weights; its biases are zero."""
     config = GPT2Config(
         vocab_size=ROWS,
         n_positions=CONTEXT,
@@ -62,27 +63,13 @@ def gpt2_with_weights_of(model) -> GPT2LMHeadModel:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    ours = dict(model.named_parameters())
-    theirs = {
-        "wte.weight": ours["embedding.word_embeddings.weight"],
-        "wpe.weight": ours["embedding.position_embeddings.weight"],
-        "ln_f.weight": ours["decoder.final_layernorm.weight"],
-    }
-    for layer in range(LAYERS):
-        here, there = f"decoder.layers.{layer}.", f"h.{layer}."
-        # Megatron-core's rows are head by head [q, k, v]; GPT-2's columns are all q, all k, all v.
-        qkv = ours[here + "self_attention.linear_qkv.weight"].view(HEADS, 3, HIDDEN // HEADS, HIDDEN)
-        theirs[there + "attn.c_attn.weight"] = qkv.transpose(0, 1).reshape(3 * HIDDEN, HIDDEN).T
-        theirs[there + "attn.c_proj.weight"] = ours[here + "self_attention.linear_proj.weight"].T
-        theirs[there + "mlp.c_fc.weight"] = ours[here + "mlp.linear_fc1.weight"].T
-        theirs[there + "mlp.c_proj.weight"] = ours[here + "mlp.linear_fc2.weight"].T
-        theirs[there + "ln_1.weight"] = ours[here + "input_layernorm.weight"]
-        theirs[there + "ln_2.weight"] = ours[here + "pre_mlp_layernorm.weight"]
+    shape = ModelConfig(num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, seq_length=CONTEXT)
+    theirs = transformers_weights(shape, dict(model.named_parameters()))
     gpt2 = GPT2LMHeadModel(config).to(next(iter(theirs.values())).dtype)
     with torch.no_grad():
-        for name, parameter in gpt2.transformer.named_parameters():
+        for name, parameter in gpt2.named_parameters():
             parameter.copy_(theirs[name]) if name in theirs else parameter.zero_()
-    assert set(theirs) == {name for name, p in gpt2.transformer.named_parameters() if not name.endswith("bias")}
+    assert set(theirs) == {name for name, p in gpt2.named_parameters() if not name.endswith("bias")}
     return gpt2
 
 

@@ -140,8 +140,8 @@ def _open(folder: Path, arguments: argparse.Namespace) -> "Measurement":
     # Megatron-core takes many seconds to import: not for --help, nor to draw results that are there.
     import torch
 
-    from merit_ds.telemetry.checkpoint_weights import open_run
     from merit_ds.telemetry.hessian_measure import Measurement, Settings
+    from merit_ds.training.checkpoint_weights import open_run
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from merit_ds.errors import InputError
-from merit_ds.telemetry.checkpoint_weights import SavedRun, load_model
 from merit_ds.telemetry.hessian_product import HessianProduct
 from merit_ds.telemetry.lanczos import Quadrature, lanczos, mean_of, rademacher
 from merit_ds.training.alone import megatron_alone
+from merit_ds.training.checkpoint_weights import SavedRun, load_model
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import micro_batches, open_datasets
 from merit_ds.training.manifest import MANIFEST, fingerprint
