@@ -9,8 +9,8 @@ import pytest
 from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png, two_digits
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
 from merit_ds.lab.figures_telemetry import LayerMap, draw_peaks, step_edges
+from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
 from merit_ds.lab.report_statistics import Outcome, best_lr
-from merit_ds.lab.report_telemetry import QUANTITIES, by_layer, is_trivial, share_by_layer
 
 OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
 
