@@ -8,7 +8,7 @@ import pytest
 
 from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png, two_digits
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
-from merit_ds.lab.figures_telemetry import LayerMap, draw_peaks, step_edges
+from merit_ds.lab.figures_telemetry import LayerMap, draw_maps, draw_peaks, over_seeds, step_edges
 from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
 from merit_ds.lab.report_statistics import Outcome, best_lr
 
@@ -54,9 +54,32 @@ def test_numbers_as_people_write_them():
 
 
 def test_a_small_last_value_is_not_written_as_zero():
-    figure = draw_peaks({64: {"LARS": LayerMap([0, 10], [[0.5], [0.0017]], note="")}}, label="max attention logit")
+    figure = draw_peaks({64: {"LARS": [[(0, 0.5), (10, 0.0017)]]}}, label="max attention logit")
     assert [text.get_text() for text in figure.axes[0].texts] == ["LARS 0.0017"]
     to_png(figure)
+
+
+def test_peaks_are_the_mean_over_seeds_and_their_range():
+    """The third seed was cut short, and the second lost a value."""
+    seeds = [[(0, 2.0), (10, 10.0)], [(0, 4.0), (10, math.nan)], [(0, 6.0)]]
+    assert over_seeds(seeds) == [(0, 4.0, 2.0, 6.0), (10, 10.0, 10.0, 10.0)]
+    (_, *values), *_ = over_seeds([[(0, math.inf)]])
+    assert all(math.isnan(value) for value in values)
+
+
+def test_tiny_values_of_one_optimizer_do_not_flatten_the_others():
+    lines = {"AdamW": [[(0, 2.0), (10, 50.0)]], "LARS": [[(0, 2.0), (10, 0.0017)]]}
+    figure = draw_peaks({64: lines}, label="logit", floor=1.0)
+    axes = figure.axes[0]
+    assert axes.get_ylim()[0] == 1.0
+    label = next(text for text in axes.texts if "LARS" in text.get_text())
+    assert (label.get_text(), label.xy) == ("LARS 0.0017 ↓", (10, 1.0))
+    maps = {name: LayerMap([0, 10], [[v] for _, v in line], note="") for name, (line,) in lines.items()}
+    bar = draw_maps(maps, label="logit", percent=False, logarithmic=True, floor=1.0).axes[-1]
+    assert bar._colorbar.extend == "min"
+    assert bar.get_ylim() == pytest.approx((1.0, 50.0))
+    alone = draw_peaks({64: {"LARS": lines["LARS"]}}, label="logit", floor=5.0).axes[0]
+    assert alone.get_ylim()[0] < 0.0017  # nothing lies above the floor
 
 
 def test_loss_window_leaves_out_what_would_press_the_others_together():

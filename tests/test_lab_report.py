@@ -109,6 +109,14 @@ def test_steps_to_a_loss(whole):
     assert found["MERIT", "64"][5] == "100%"
 
 
+def test_attention_logits_of_every_seed(whole):
+    """All seeds of an optimizer and batch have the same logits here: 2 + 32 in the first layer of MERIT's last step."""
+    rows = whole[0].tables["0.8M, 9.83 M tokens: max attention logit, the largest of all layers, by seed"]
+    found = {(row[1], row[0]): row[2:] for row in rows}
+    assert found["MERIT", "1,024"] == ["0.02", *["1: 34, 2: 34, 3: 34", "34 to 34"] * 2]
+    assert len(found) == 16
+
+
 def test_cost_leaves_out_the_first_steps_and_compares_with_adamw(whole):
     rows = {(row[2], row[1]): row for row in whole[0].tables["Time a step"]}
     assert 0.180 <= float(rows["AdamW", "64"][3]) <= 0.184

@@ -131,7 +131,7 @@ def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
         axis.set_major_locator(FixedLocator(distinct))
     elif distinct[-1] > 1000 * distinct[0]:
         axis.set_major_locator(LogLocator(subs=(1,)))
-    elif distinct[-1] > 8 * distinct[0]:
+    elif distinct[-1] > 5 * distinct[0]:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))

@@ -30,6 +30,10 @@ class Quantity:
     trivial: float | None = None
     """The value that an optimizer without the mechanism has throughout; such a run is not drawn."""
     logarithmic: bool = False
+    peaks: bool = False
+    """Whether the largest value of all layers is shown for every seed too."""
+    floor: float | None = None
+    """No axis or colour scale reaches below it, so that one optimizer's tiny values do not flatten all others."""
 
 
 QUANTITIES = (
@@ -41,6 +45,8 @@ QUANTITIES = (
         "saturates on single tokens.",
         beside="the paper's figures 2 and 14",
         logarithmic=True,
+        peaks=True,
+        floor=1.0,
     ),
     Quantity(
         key="attention_entropy",
@@ -101,7 +107,7 @@ def layer_map(run: Run, quantity: Quantity) -> LayerMap:
         if sample:
             steps.append(int(row["iteration"]))
             values.append(sample)
-    return LayerMap(steps, values, note=f"lr {run.lr:g}")
+    return LayerMap(steps, values, note=f"lr {run.lr:g}, seed {run.seed}")
 
 
 def by_layer(sample: Any) -> list[float]:

@@ -11,6 +11,7 @@ from merit_ds.lab.figures_telemetry import LayerMap
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
+from merit_ds.lab.report_peaks import peak_parts
 from merit_ds.lab.report_quantities import QUANTITIES, Quantity, is_trivial, layer_map, sizes_of
 from merit_ds.lab.report_runs import Run
 from merit_ds.lab.study import slug
@@ -28,20 +29,19 @@ def telemetry_sections(tuned: Sequence[Tuned], links: Links) -> list[Section]:
 
 def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Section | None:
     section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
-    section.text.append("One run of each optimizer, at its best learning rate, on one colour scale.")
+    section.text.append("The maps: one run of each optimizer, at its best learning rate, on one colour scale.")
     for family, batches in by_family(tuned).items():
-        rows, shown = [], {}
+        if quantity.peaks:
+            section.parts += peak_parts(quantity, family.title, batches, links)
+        rows = []
         for batch, group in batches.items():
             runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
             drawn = {name: run for name, run in runs.items() if not is_trivial(run.telemetry, quantity)}
             maps = {name: layer_map(run, quantity) for name, run in drawn.items()}
             if maps:
-                shown[batch] = maps
                 name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
                 section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
                 rows += [_row(batch, name, one, runs[name], quantity, links) for name, one in maps.items()]
-        if quantity.key == "max_attention_logit" and shown:
-            section.parts.insert(len(section.parts) - len(shown), _peak_plot(quantity, family.title, shown))
         if rows:
             columns = ["batch", "optimizer", "run", "lowest", "highest", "layers at the end"]
             section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows, folded=True))
@@ -83,16 +83,11 @@ def _map_plot(quantity: Quantity, name: str, where: str, maps: dict[str, LayerMa
         label=quantity.label,
         percent=quantity.share,
         logarithmic=quantity.logarithmic,
+        floor=quantity.floor,
     )
     caption = f"{where}: {quantity.label} by layer and step, a panel for each optimizer."
     caption += f" Beside {quantity.beside}." if quantity.beside else ""
     return Plot(name, caption, draw)
-
-
-def _peak_plot(quantity: Quantity, where: str, peaks: dict[int, dict[str, LayerMap]]) -> Plot:
-    draw = partial(figures_telemetry.draw_peaks, peaks, label=quantity.label)
-    caption = f"{where}: {quantity.label}, the largest of all layers, against steps; the last value at the line's end."
-    return Plot(f"{slug(quantity.key)}-peaks-{slug(where)}", caption, draw)
 
 
 def _sampled(one: Tuned, quantity: Quantity) -> Run | None:
