@@ -6,7 +6,19 @@ from itertools import pairwise
 
 import pytest
 
-from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png, two_digits
+from merit_ds.lab.figures import (
+    ink,
+    legend,
+    look,
+    ordered,
+    panels,
+    plain,
+    spread_apart,
+    styled,
+    three_digits,
+    to_png,
+    two_digits,
+)
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
 from merit_ds.lab.figures_telemetry import LayerMap, draw_maps, draw_peaks, over_seeds, step_edges
 from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
@@ -101,6 +113,24 @@ def test_diverged_runs_are_marked_at_the_upper_edge():
     heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]
     assert heights[0] > heights[1]
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_legend_lies_within_the_picture(count):
+    """A single panel is 6.4 inches wide: eight entries in a row lost the first and the last."""
+    from matplotlib.lines import Line2D
+
+    for entries in range(2, 11):
+        with styled():
+            figure, _ = panels(count)
+            extra = [Line2D([], [], label="above the axis")]
+            legend(figure, OPTIMIZERS[: entries - 1], extra=extra)
+            figure.canvas.draw()
+            box = figure.legends[0].get_window_extent()
+            assert len(figure.legends) == 1
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width, entries
+            assert box.y1 <= figure.bbox.height, entries
+            to_png(figure)
 
 
 def test_unused_panels_are_not_drawn():
