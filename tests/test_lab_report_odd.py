@@ -10,10 +10,8 @@ from synthetic_study import write_run, write_study
 
 from merit_ds.errors import InputError
 from merit_ds.lab.report import main, write_report
-from merit_ds.lab.report_comparisons import steps_section
 from merit_ds.lab.report_cost import cost_section
 from merit_ds.lab.report_links import Links
-from merit_ds.lab.report_loss import tune
 from merit_ds.lab.report_page import Table
 from merit_ds.lab.report_runs import differences, distinct, read_study, tell_apart
 
@@ -144,20 +142,6 @@ def test_results_without_their_folders_lead_to_the_page(tmp_path):
     page, _ = report(tmp_path / "kept")
     assert page.tables[BEST][1][3] == "1.575"
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-
-
-def test_target_loss(tmp_path):
-    for batch in (64, 256):
-        write_run(tmp_path / "goal", optimizer="MERIT", batch=batch, lr=1e-2, seed=1)
-    main([str(tmp_path / "goal"), "--target-loss", "2.5"])
-    page = Page(tmp_path / "goal" / "report" / "report.html")
-    assert "0.8M, 9.83 M tokens: steps to a validation loss of 2.5" in page.tables
-    tuned = tune(read_study(tmp_path / "goal").runs)
-    (warning,) = steps_section(tuned, Links(tmp_path), target=4.5).warnings
-    assert "MERIT at batch 64, 256: a loss of 4.5 is passed in the first tenth" in warning
-    assert steps_section(tuned, Links(tmp_path), target=2.2).warnings == []  # passed after 15 % of the run
-    main([str(tmp_path / "goal"), "--target-loss", "1"])
-    assert "no run reaches a validation loss of 1." in Page(tmp_path / "goal" / "report" / "report.html").text
 
 
 def test_errors(tmp_path, capsys):
