@@ -11,7 +11,7 @@ from report_page import BEST, markdown_table, report
 from synthetic_study import LOSSES, SEEDS, write_run, write_study
 
 from merit_ds.lab.report import write_report
-from merit_ds.lab.report_cost import ratios_to_adamw
+from merit_ds.lab.report_cost import Times, ratios_to_adamw
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +124,15 @@ def test_cost_leaves_out_the_first_steps_and_compares_with_adamw(whole):
     assert float(rows["AdamW", "64"][5].replace(",", "")) == pytest.approx(20 / 0.180, rel=0.001)
 
 
-def test_times_on_a_shared_machine_have_no_ratio():
-    seconds = {"AdamW": 2.0, "LAMB": 3.0, "MERIT": 4.0}
-    assert ratios_to_adamw(seconds, alone=set(seconds)) == {"AdamW": 1.0, "LAMB": 1.5, "MERIT": 2.0}
-    assert ratios_to_adamw(seconds, alone={"AdamW", "MERIT"}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2.0}
-    assert set(ratios_to_adamw(seconds, alone={"LAMB", "MERIT"}).values()) == {None}
+def test_times_that_cannot_be_compared_have_no_ratio():
+    """Neither those on a shared machine nor those that disagree, of either side."""
+    adamw, lamb, merit = (Times([seconds] * 2, alone=True) for seconds in (2.0, 3.0, 4.0))
+    assert ratios_to_adamw({"AdamW": adamw, "LAMB": lamb}) == {"AdamW": 1.0, "LAMB": 1.5}
+    shared, apart = Times([2.0, 2.0], alone=False), Times([1.9, 2.0, 2.11], alone=True)
+    assert ratios_to_adamw({"AdamW": adamw, "LAMB": shared, "MERIT": merit}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2}
+    assert not apart.agree and Times([1.91, 2.0, 2.09], alone=True).agree
+    for other in (shared, apart):
+        assert set(ratios_to_adamw({"AdamW": other, "MERIT": merit}).values()) == {None}
 
 
 def test_page_is_self_contained(whole, study):

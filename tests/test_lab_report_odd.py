@@ -116,9 +116,34 @@ def test_two_models_of_one_label_are_never_pooled(tmp_path):
     cost = next(part for part in cost_section(apart, Links(tmp_path)).parts if isinstance(part, Table))
     rows = [[entry.parts[0][0] for entry in row] for row in cost.rows]
     assert [(row[0], row[2], row[4]) for row in rows] == [
-        (f"{name}, 9.83 M tokens", optimizer, "-") for name in ("narrow", "wide") for optimizer in ("AdamW", "MERIT")
+        (f"{name}, 9.83 M tokens", optimizer, "not alone")
+        for name in ("narrow", "wide")
+        for optimizer in ("AdamW", "MERIT")
     ]
     assert differences(run.family for run in apart) == "narrow: hidden_size 64; wide: hidden_size 128"
+
+
+def test_times_that_disagree_are_said_and_not_drawn(tmp_path):
+    """Another job ran beside one of AdamW's runs."""
+    for seed in (1, 2, 3):
+        slow = write_run(tmp_path / "times", optimizer="AdamW", batch=64, lr=2e-3, seed=seed)
+    write_run(tmp_path / "times", optimizer="MERIT", batch=64, lr=1e-2, seed=1)
+    assert [row[4][5:] for row in _cost_rows(tmp_path / "times")] == ["", " (of a single run)"]  # behind the ratio
+    rows = [json.loads(line) for line in (slow / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"seconds": 2 * row["seconds"]} if "seconds" in row else row for row in rows]
+    (slow / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row[4] for row in _cost_rows(tmp_path / "times")] == [
+        "times disagree: 0.182 to 0.364 s",
+        "AdamW's disagree",
+    ]
+    (picture, _) = cost_section(read_study(tmp_path / "times").runs, Links(tmp_path)).parts
+    ((drawn,),) = (picture.draw.args,)
+    assert [list(group) for group in drawn.values()] == [["MERIT"]]
+
+
+def _cost_rows(study):
+    table = cost_section(read_study(study).runs, Links(study)).parts[-1]
+    return [[entry.parts[0][0] for entry in row] for row in table.rows]
 
 
 def test_a_run_without_its_folder_is_of_its_studys_model(tmp_path):
