@@ -15,6 +15,7 @@ from merit_ds.lab.figures import styled, to_png
 from merit_ds.lab.report_ablations import ablations_section
 from merit_ds.lab.report_cost import cost_section
 from merit_ds.lab.report_curves import curves_section
+from merit_ds.lab.report_hessian import hessian_section
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_listing import overview_section, runs_section, studies_section
 from merit_ds.lab.report_loss import best_section, sensitivity_section, tune
@@ -78,6 +79,7 @@ def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float
         ablations_section(runs, tuned, links),
         models_section(studies, tuned, links),
         *telemetry_sections(tuned, links),
+        hessian_section(studies, links),
         cost_section(runs, links),
         studies_section(studies),
         runs_section(runs, links),
