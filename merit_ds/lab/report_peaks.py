@@ -28,7 +28,7 @@ def peak_parts(
     if not found:
         return []
     lines = {batch: {name: [line for _, line in p] for name, p in group.items()} for batch, group in found.items()}
-    what = f"{title}: {quantity.label}, the largest of all layers"
+    what = f"{title}: {quantity.label}" + (", the largest of all layers" if quantity.layered else "")
     caption = f"{what}, against steps; mean over seeds with its last value, band: their range."
     if quantity.floor is not None:
         caption += f" No axis reaches below {quantity.floor:g}: what ends there has a ↓."

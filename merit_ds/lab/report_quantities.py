@@ -12,7 +12,7 @@ from merit_ds.lab.figures_telemetry import LayerMap
 from merit_ds.lab.report_runs import Run, number
 
 _LAYER = re.compile(r"layers?\.(\d+)\.")
-_VECTOR = re.compile(r"norm|bias")
+VECTOR = re.compile(r"norm|bias")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,13 @@ class Quantity:
     beside: str = ""
     """Figures of the paper that show the same."""
     share: bool = False
-    """A share of a parameter's elements, so that parameters count by their sizes."""
+    """A share of a parameter's elements, shown in per cent."""
+    sized: bool = False
+    """Whether a layer's parameters count by their sizes."""
+    spread: bool = False
+    """Whether a parameter's sample is its [minimum, mean, maximum]; maps show the mean."""
+    layered: bool = True
+    """Whether it is sampled by layer; else it is one number, and has no map."""
     trivial: float | None = None
     """The value that an optimizer without the mechanism has throughout; such a run is not drawn."""
     logarithmic: bool = False
@@ -55,12 +61,23 @@ QUANTITIES = (
         text="Mean entropy of the attention weights of a query: low means that it looks at few tokens.",
     ),
     Quantity(
+        key="ratios",
+        title="Trust ratios",
+        label="trust ratio",
+        text="What an element's update is scaled by, before the clip. The maps show the mean over all elements of a "
+        "layer; the tables the smallest, the mean and the largest at the last sample, by kind of parameter.",
+        sized=True,
+        spread=True,
+        logarithmic=True,
+    ),
+    Quantity(
         key="clipped_share",
         title="Clipped elements",
         label="clipped elements",
         text="Share of elements whose scaled update lies at the clip bound, over all elements of a layer.",
         beside="the paper's figure 13",
         share=True,
+        sized=True,
         trivial=0.0,
     ),
     Quantity(
@@ -70,6 +87,7 @@ QUANTITIES = (
         text="Share of elements whose trust ratio is the whole weight's, over all elements of a layer's matrices.",
         beside="the paper's figure 15",
         share=True,
+        sized=True,
         trivial=1.0,
     ),
     Quantity(
@@ -95,6 +113,15 @@ QUANTITIES = (
         "a layer's matrices.",
         beside="the paper's figure 3",
     ),
+    Quantity(
+        key="output_operator_norm",
+        title="Operator norm of the output layer",
+        label="output layer's norm",
+        text="The operator norm from RMS to infinity: the largest logit of the vocabulary that an input can get whose "
+        "root mean square is 1.",
+        layered=False,
+        peaks=True,
+    ),
 )
 
 
@@ -103,7 +130,9 @@ def layer_map(run: Run, quantity: Quantity) -> LayerMap:
     steps, values = [], []
     for row in run.telemetry:
         sample = row.get(quantity.key)
-        sample = share_by_layer(sample, sizes_of(row, quantity)) if quantity.share and sample else by_layer(sample)
+        if quantity.spread and sample:
+            sample = {name: mean for name, (_, mean, _) in sample.items()}
+        sample = share_by_layer(sample, sizes_of(row, quantity)) if quantity.sized and sample else by_layer(sample)
         if sample:
             steps.append(int(row["iteration"]))
             values.append(sample)
@@ -114,15 +143,18 @@ def by_layer(sample: Any) -> list[float]:
     """One value a layer: as sampled, or the plain mean over each layer's parameters where it is by parameter.
 
     Args:
-        sample: a list by layer, or parameter name to value; parameters outside the layers are left out.
+        sample: a list by layer; or parameter name to value, where parameters outside the layers are left out; or one
+            number, which stands for a single layer.
     """
-    if isinstance(sample, list):
-        return [_finite(value) for value in sample]
-    return _means(sample, dict.fromkeys(sample, 1)) if isinstance(sample, dict) else []
+    if isinstance(sample, dict):
+        return _means(sample, dict.fromkeys(sample, 1))
+    if sample is None:
+        return []
+    return [_finite(value) for value in (sample if isinstance(sample, list) else [sample])]
 
 
 def share_by_layer(sample: dict[str, Any], sizes: dict[str, int] | None) -> list[float]:
-    """The share of each layer's elements, from the shares of its parameters.
+    """The share, or mean, of each layer's elements, from those of its parameters.
 
     Args:
         sizes: parameter to its number of elements; None: they are not known, and the plain mean over the matrices is
@@ -130,7 +162,7 @@ def share_by_layer(sample: dict[str, Any], sizes: dict[str, int] | None) -> list
     """
     if sizes is not None:
         return _means(sample, sizes)
-    return by_layer({name: share for name, share in sample.items() if not _VECTOR.search(name)})
+    return by_layer({name: share for name, share in sample.items() if not VECTOR.search(name)})
 
 
 def _means(sample: dict[str, Any], weights: dict[str, int]) -> list[float]:

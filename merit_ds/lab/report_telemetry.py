@@ -14,6 +14,7 @@ from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_peaks import peak_parts
 from merit_ds.lab.report_quantities import QUANTITIES, Quantity, is_trivial, layer_map, sizes_of
 from merit_ds.lab.report_runs import Run
+from merit_ds.lab.report_spread import SPREAD_COLUMNS, spread_row
 from merit_ds.lab.study import slug
 
 
@@ -29,24 +30,39 @@ def telemetry_sections(tuned: Sequence[Tuned], links: Links) -> list[Section]:
 
 def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Section | None:
     section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
-    section.text.append("The maps: one run of each optimizer, at its best learning rate, on one colour scale.")
+    if quantity.layered:
+        section.text.append("The maps: one run of each optimizer, at its best learning rate, on one colour scale.")
+    lead = len(section.text)
     for family, batches in by_family(tuned).items():
         if quantity.peaks:
             section.parts += peak_parts(quantity, family.title, batches, links)
-        rows = []
-        for batch, group in batches.items():
-            runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
-            drawn = {name: run for name, run in runs.items() if not is_trivial(run.telemetry, quantity)}
-            maps = {name: layer_map(run, quantity) for name, run in drawn.items()}
-            if maps:
-                name = f"{slug(quantity.key)}-{slug(family.title)}-batch-{batch}"
-                section.parts.append(_map_plot(quantity, name, f"{family.title}, batch {batch:,}", maps))
-                rows += [_row(batch, name, one, runs[name], quantity, links) for name, one in maps.items()]
-        if rows:
-            columns = ["batch", "optimizer", "run", "lowest", "highest", "layers at the end"]
-            section.parts.append(Table(f"{family.title}: {quantity.label}", columns, rows, folded=True))
+        if quantity.layered:
+            section.parts += _map_parts(quantity, family.title, batches, links)
         _tell_gaps(section, family.title, batches, quantity)
-    return section if section.parts or len(section.text) > 2 else None
+    return section if section.parts or len(section.text) > lead else None
+
+
+def _map_parts(
+    quantity: Quantity, title: str, batches: dict[int, dict[str, Tuned]], links: Links
+) -> list[Table | Plot]:
+    """A map for each batch, and the tables of one family."""
+    parts: list[Table | Plot] = []
+    rows, spreads = [], []
+    for batch, group in batches.items():
+        runs = {name: run for name, one in group.items() if (run := _sampled(one, quantity))}
+        drawn = {name: run for name, run in runs.items() if not is_trivial(run.telemetry, quantity)}
+        maps = {name: layer_map(run, quantity) for name, run in drawn.items()}
+        if maps:
+            name = f"{slug(quantity.key)}-{slug(title)}-batch-{batch}"
+            parts.append(_map_plot(quantity, name, f"{title}, batch {batch:,}", maps))
+            rows += [_row(batch, name, one, runs[name], quantity, links) for name, one in maps.items()]
+            spreads += [spread_row(batch, name, runs[name], quantity, links) for name in maps if quantity.spread]
+    if spreads:
+        parts.append(Table(f"{title}: {quantity.label} at the last sample", SPREAD_COLUMNS, spreads))
+    if rows:
+        columns = ["batch", "optimizer", "run", "lowest", "highest", "layers at the end"]
+        parts.append(Table(f"{title}: {quantity.label}", columns, rows, folded=True))
+    return parts
 
 
 def _tell_gaps(section: Section, where: str, batches: dict[int, dict[str, Tuned]], quantity: Quantity) -> None:
@@ -59,7 +75,7 @@ def _tell_gaps(section: Section, where: str, batches: dict[int, dict[str, Tuned]
                 missing.setdefault(name, []).append(f"{batch:,}")
             elif is_trivial(run.telemetry, quantity):
                 trivial.setdefault(name, []).append(f"{batch:,}")
-            elif quantity.share and not all(sizes_of(row, quantity) for row in run.telemetry if row.get(quantity.key)):
+            elif quantity.sized and not all(sizes_of(row, quantity) for row in run.telemetry if row.get(quantity.key)):
                 unsized.setdefault(name, []).append(f"{batch:,}")
     if trivial:
         section.text.append(f"{where}: {quantity.trivial:.0%} throughout, so not drawn: {_where(trivial)}.")
