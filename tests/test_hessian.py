@@ -279,7 +279,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, capsys: pytest.CaptureFi
     assert "run.json: No such file" in refused(capsys, "absent")
     assert "--output DIR" in refused(capsys, "adamw", "merit")
     assert "two results would both be" in refused(capsys, "adamw", "./adamw", "--output", "never")
-    assert "data.json: not a result of this command" in refused(capsys, "data.json")
+    assert "data.json: not a result of `python -m merit_ds.telemetry.hessian`" in refused(capsys, "data.json")
     assert "absent.json: no prepared data" in refused(capsys, "adamw", "--data", "absent")
     assert "lower --sequences" in refused(capsys, "adamw", "--sequences", "100000")
     assert "--device cuda:77: " in refused(capsys, "adamw", "--device", "cuda:77")

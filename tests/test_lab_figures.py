@@ -6,11 +6,23 @@ from itertools import pairwise
 
 import pytest
 
-from merit_ds.lab.figures import ink, look, ordered, panels, plain, spread_apart, three_digits, to_png, two_digits
+from merit_ds.lab.figures import (
+    ink,
+    legend,
+    look,
+    ordered,
+    panels,
+    plain,
+    spread_apart,
+    styled,
+    three_digits,
+    to_png,
+    two_digits,
+)
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
-from merit_ds.lab.figures_telemetry import LayerMap, draw_peaks, step_edges
+from merit_ds.lab.figures_telemetry import LayerMap, draw_maps, draw_peaks, over_seeds, step_edges
+from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
 from merit_ds.lab.report_statistics import Outcome, best_lr
-from merit_ds.lab.report_telemetry import QUANTITIES, by_layer, is_trivial, share_by_layer
 
 OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
 
@@ -54,9 +66,32 @@ def test_numbers_as_people_write_them():
 
 
 def test_a_small_last_value_is_not_written_as_zero():
-    figure = draw_peaks({64: {"LARS": LayerMap([0, 10], [[0.5], [0.0017]], note="")}}, label="max attention logit")
+    figure = draw_peaks({64: {"LARS": [[(0, 0.5), (10, 0.0017)]]}}, label="max attention logit")
     assert [text.get_text() for text in figure.axes[0].texts] == ["LARS 0.0017"]
     to_png(figure)
+
+
+def test_peaks_are_the_mean_over_seeds_and_their_range():
+    """The third seed was cut short, and the second lost a value."""
+    seeds = [[(0, 2.0), (10, 10.0)], [(0, 4.0), (10, math.nan)], [(0, 6.0)]]
+    assert over_seeds(seeds) == [(0, 4.0, 2.0, 6.0), (10, 10.0, 10.0, 10.0)]
+    (_, *values), *_ = over_seeds([[(0, math.inf)]])
+    assert all(math.isnan(value) for value in values)
+
+
+def test_tiny_values_of_one_optimizer_do_not_flatten_the_others():
+    lines = {"AdamW": [[(0, 2.0), (10, 50.0)]], "LARS": [[(0, 2.0), (10, 0.0017)]]}
+    figure = draw_peaks({64: lines}, label="logit", floor=1.0)
+    axes = figure.axes[0]
+    assert axes.get_ylim()[0] == 1.0
+    label = next(text for text in axes.texts if "LARS" in text.get_text())
+    assert (label.get_text(), label.xy) == ("LARS 0.0017 ↓", (10, 1.0))
+    maps = {name: LayerMap([0, 10], [[v] for _, v in line], note="") for name, (line,) in lines.items()}
+    bar = draw_maps(maps, label="logit", percent=False, logarithmic=True, floor=1.0).axes[-1]
+    assert bar._colorbar.extend == "min"
+    assert bar.get_ylim() == pytest.approx((1.0, 50.0))
+    alone = draw_peaks({64: {"LARS": lines["LARS"]}}, label="logit", floor=5.0).axes[0]
+    assert alone.get_ylim()[0] < 0.0017  # nothing lies above the floor
 
 
 def test_loss_window_leaves_out_what_would_press_the_others_together():
@@ -67,17 +102,36 @@ def test_loss_window_leaves_out_what_would_press_the_others_together():
     assert loss_window([math.inf]) == (0.0, 1.0)
 
 
-def test_diverged_runs_are_marked_at_the_upper_edge():
-    """Two of one learning rate lie one below the other."""
+def test_diverged_runs_are_marked_over_the_upper_edge():
+    """Two of one learning rate lie one over the other, below the title; inside the axes they would look like losses."""
     outcomes = [Outcome(0.01, 1, 1.5), Outcome(0.02, 1, 1.4), Outcome(0.04, 1, math.inf)]
     figure = draw_sensitivity({64: {name: (outcomes, best_lr(outcomes)) for name in ("LAMB", "MERIT")}})
     (axes,) = figure.axes
     assert axes.get_xlim()[0] < 0.01 and axes.get_xlim()[1] > 0.04  # though nothing else lies at 0.04
     marks = [mark for mark in axes.collections if len(mark.get_offsets())]
     assert [tuple(mark.get_offsets()[0]) for mark in marks] == [(0.04, axes.get_ylim()[1])] * 2
+    figure.canvas.draw()
     heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]
-    assert heights[0] > heights[1]
+    assert axes.bbox.y1 < heights[0] < heights[1] < axes.title.get_window_extent().y0
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_legend_lies_within_the_picture(count):
+    """A single panel is 6.4 inches wide: eight entries in a row lost the first and the last."""
+    from matplotlib.lines import Line2D
+
+    for entries in range(2, 11):
+        with styled():
+            figure, _ = panels(count)
+            extra = [Line2D([], [], label="above the axis")]
+            legend(figure, OPTIMIZERS[: entries - 1], extra=extra)
+            figure.canvas.draw()
+            box = figure.legends[0].get_window_extent()
+            assert len(figure.legends) == 1
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width, entries
+            assert box.y1 <= figure.bbox.height, entries
+            to_png(figure)
 
 
 def test_unused_panels_are_not_drawn():

@@ -11,7 +11,7 @@ from report_page import BEST, markdown_table, report
 from synthetic_study import LOSSES, SEEDS, write_run, write_study
 
 from merit_ds.lab.report import write_report
-from merit_ds.lab.report_cost import ratios_to_adamw
+from merit_ds.lab.report_cost import Times, ratios_to_adamw
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,9 @@ def test_ablations_are_differences_by_seed(whole):
 
 
 def test_steps_to_a_loss(whole):
-    """The default target is the worst of all best runs: AdamW's worst seed at the largest batch ends at 2.163."""
+    """At batch 1,024 AdamW's worst seed ends at 2.163."""
     page, _ = whole
-    rows = page.tables["0.8M, 9.83 M tokens: steps to a validation loss of 2.163"]
+    rows = page.tables["0.8M, 9.83 M tokens: steps to a validation loss of 2.163 (the worst final loss at batch 1,024)"]
     found = {(row[1], row[0]): row for row in rows}
     assert found["AdamW", "1,024"][4].endswith("3: 75")  # its last step
     assert float(found["MERIT", "1,024"][3]) < 20
@@ -109,6 +109,14 @@ def test_steps_to_a_loss(whole):
     assert found["MERIT", "64"][5] == "100%"
 
 
+def test_attention_logits_of_every_seed(whole):
+    """All seeds of an optimizer and batch have the same logits here: 2 + 32 in the first layer of MERIT's last step."""
+    rows = whole[0].tables["0.8M, 9.83 M tokens: max attention logit, the largest of all layers, by seed"]
+    found = {(row[1], row[0]): row[2:] for row in rows}
+    assert found["MERIT", "1,024"] == ["0.02", *["1: 34, 2: 34, 3: 34", "34 to 34"] * 2]
+    assert len(found) == 16
+
+
 def test_cost_leaves_out_the_first_steps_and_compares_with_adamw(whole):
     rows = {(row[2], row[1]): row for row in whole[0].tables["Time a step"]}
     assert 0.180 <= float(rows["AdamW", "64"][3]) <= 0.184
@@ -116,11 +124,15 @@ def test_cost_leaves_out_the_first_steps_and_compares_with_adamw(whole):
     assert float(rows["AdamW", "64"][5].replace(",", "")) == pytest.approx(20 / 0.180, rel=0.001)
 
 
-def test_times_on_a_shared_machine_have_no_ratio():
-    seconds = {"AdamW": 2.0, "LAMB": 3.0, "MERIT": 4.0}
-    assert ratios_to_adamw(seconds, alone=set(seconds)) == {"AdamW": 1.0, "LAMB": 1.5, "MERIT": 2.0}
-    assert ratios_to_adamw(seconds, alone={"AdamW", "MERIT"}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2.0}
-    assert set(ratios_to_adamw(seconds, alone={"LAMB", "MERIT"}).values()) == {None}
+def test_times_that_cannot_be_compared_have_no_ratio():
+    """Neither those on a shared machine nor those that disagree, of either side."""
+    adamw, lamb, merit = (Times([seconds] * 2, alone=True) for seconds in (2.0, 3.0, 4.0))
+    assert ratios_to_adamw({"AdamW": adamw, "LAMB": lamb}) == {"AdamW": 1.0, "LAMB": 1.5}
+    shared, apart = Times([2.0, 2.0], alone=False), Times([1.9, 2.0, 2.11], alone=True)
+    assert ratios_to_adamw({"AdamW": adamw, "LAMB": shared, "MERIT": merit}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2}
+    assert not apart.agree and Times([1.91, 2.0, 2.09], alone=True).agree
+    for other in (shared, apart):
+        assert set(ratios_to_adamw({"AdamW": other, "MERIT": merit}).values()) == {None}
 
 
 def test_page_is_self_contained(whole, study):

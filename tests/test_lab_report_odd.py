@@ -10,10 +10,8 @@ from synthetic_study import write_run, write_study
 
 from merit_ds.errors import InputError
 from merit_ds.lab.report import main, write_report
-from merit_ds.lab.report_comparisons import steps_section
 from merit_ds.lab.report_cost import cost_section
 from merit_ds.lab.report_links import Links
-from merit_ds.lab.report_loss import tune
 from merit_ds.lab.report_page import Table
 from merit_ds.lab.report_runs import differences, distinct, read_study, tell_apart
 
@@ -118,9 +116,34 @@ def test_two_models_of_one_label_are_never_pooled(tmp_path):
     cost = next(part for part in cost_section(apart, Links(tmp_path)).parts if isinstance(part, Table))
     rows = [[entry.parts[0][0] for entry in row] for row in cost.rows]
     assert [(row[0], row[2], row[4]) for row in rows] == [
-        (f"{name}, 9.83 M tokens", optimizer, "-") for name in ("narrow", "wide") for optimizer in ("AdamW", "MERIT")
+        (f"{name}, 9.83 M tokens", optimizer, "not alone")
+        for name in ("narrow", "wide")
+        for optimizer in ("AdamW", "MERIT")
     ]
     assert differences(run.family for run in apart) == "narrow: hidden_size 64; wide: hidden_size 128"
+
+
+def test_times_that_disagree_are_said_and_not_drawn(tmp_path):
+    """Another job ran beside one of AdamW's runs."""
+    for seed in (1, 2, 3):
+        slow = write_run(tmp_path / "times", optimizer="AdamW", batch=64, lr=2e-3, seed=seed)
+    write_run(tmp_path / "times", optimizer="MERIT", batch=64, lr=1e-2, seed=1)
+    assert [row[4][5:] for row in _cost_rows(tmp_path / "times")] == ["", " (of a single run)"]  # behind the ratio
+    rows = [json.loads(line) for line in (slow / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"seconds": 2 * row["seconds"]} if "seconds" in row else row for row in rows]
+    (slow / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row[4] for row in _cost_rows(tmp_path / "times")] == [
+        "times disagree: 0.182 to 0.364 s",
+        "AdamW's disagree",
+    ]
+    (picture, _) = cost_section(read_study(tmp_path / "times").runs, Links(tmp_path)).parts
+    ((drawn,),) = (picture.draw.args,)
+    assert [list(group) for group in drawn.values()] == [["MERIT"]]
+
+
+def _cost_rows(study):
+    table = cost_section(read_study(study).runs, Links(study)).parts[-1]
+    return [[entry.parts[0][0] for entry in row] for row in table.rows]
 
 
 def test_a_run_without_its_folder_is_of_its_studys_model(tmp_path):
@@ -144,20 +167,6 @@ def test_results_without_their_folders_lead_to_the_page(tmp_path):
     page, _ = report(tmp_path / "kept")
     assert page.tables[BEST][1][3] == "1.575"
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-
-
-def test_target_loss(tmp_path):
-    for batch in (64, 256):
-        write_run(tmp_path / "goal", optimizer="MERIT", batch=batch, lr=1e-2, seed=1)
-    main([str(tmp_path / "goal"), "--target-loss", "2.5"])
-    page = Page(tmp_path / "goal" / "report" / "report.html")
-    assert "0.8M, 9.83 M tokens: steps to a validation loss of 2.5" in page.tables
-    tuned = tune(read_study(tmp_path / "goal").runs)
-    (warning,) = steps_section(tuned, Links(tmp_path), target=4.5).warnings
-    assert "MERIT at batch 64, 256: a loss of 4.5 is passed in the first tenth" in warning
-    assert steps_section(tuned, Links(tmp_path), target=2.2).warnings == []  # passed after 15 % of the run
-    main([str(tmp_path / "goal"), "--target-loss", "1"])
-    assert "no run reaches a validation loss of 1." in Page(tmp_path / "goal" / "report" / "report.html").text
 
 
 def test_errors(tmp_path, capsys):

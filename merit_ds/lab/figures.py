@@ -84,12 +84,17 @@ def to_png(figure: Any) -> bytes:
 
 
 def legend(figure: Any, names: Sequence[str], *, extra: Sequence[Any] = ()) -> None:
-    """One legend above all panels, by optimizer."""
+    """One legend above all panels, by optimizer; in as many rows as the figure's width asks for."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=look(n)[0], marker=look(n)[1], markersize=_size(n), label=n) for n in names]
     every = [*handles, *extra]
-    figure.legend(handles=every, loc="outside upper center", ncols=min(len(every), 8), frameon=False)
+    for rows in range(1, len(every) + 1):
+        columns = -(-len(every) // rows)
+        made = figure.legend(handles=every, loc="outside upper center", ncols=columns, frameon=False)
+        if columns == 1 or made.get_window_extent().width <= figure.bbox.width:
+            break
+        made.remove()
 
 
 def style(name: str) -> dict[str, Any]:
@@ -131,7 +136,7 @@ def number_axis(axis: Any, values: Sequence[float], *, limit: int = 6) -> None:
         axis.set_major_locator(FixedLocator(distinct))
     elif distinct[-1] > 1000 * distinct[0]:
         axis.set_major_locator(LogLocator(subs=(1,)))
-    elif distinct[-1] > 8 * distinct[0]:
+    elif distinct[-1] > 5 * distinct[0]:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))

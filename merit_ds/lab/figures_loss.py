@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of losses: best by batch, steps to a loss, curves, ablations.
+"""Pictures of losses: best by batch, curves, ablations.
 
 Losses are in nats a token; batches in sequences a step.
 """
@@ -9,20 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merit_ds.lab.figures import (
-    GREY,
     end_labels,
     ink,
     label_left,
     legend,
     look,
-    number_axis,
     ordered,
     panels,
     sparse,
     style,
     whole_steps,
 )
-from merit_ds.lab.report_statistics import Best, Crossing, Summary, ideal_steps, signed, smooth, winner
+from merit_ds.lab.report_statistics import Best, Summary, signed, smooth, winner
 
 LOSS = "final validation loss (nats a token)"
 Curve = Sequence[tuple[int, float]]
@@ -73,36 +71,6 @@ def _best_mark(axes: Any, x: float, name: str, best: Best, *, leads: bool) -> No
         color=ink(name),
         fontweight="bold" if leads else "normal",
     )
-
-
-def draw_steps(crossings: Mapping[str, Mapping[int, Crossing]], *, target: float) -> Any:
-    """Steps to the loss `target` against batch, both logarithmic, with the line of ideal scaling."""
-    figure, (axes,) = panels(1, height=4.4)
-    figure.set_size_inches(10.4, 5.0)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    batches = sorted({batch for found in crossings.values() for batch in found})
-    first = batches[0]
-    ends = []
-    for name in ordered(crossings):
-        found = sorted(crossings[name].items())
-        axes.plot([batch for batch, _ in found], [c.step for _, c in found], **style(name), label=name)
-        for batch, crossing in found:
-            if crossing.at_most:
-                axes.annotate("≤", (batch, crossing.step), xytext=(-11, -3), textcoords="offset points", fontsize=9)
-        ends.append((name, found[-1][0], found[-1][1].step, ink(name)))
-    steps = [c.step for found in crossings.values() for c in found.values()]
-    starts = [found[first].step for found in crossings.values() if first in found]
-    ideal = [ideal_steps(min(starts), batch=first, at=batch) for batch in batches]
-    axes.plot(batches, ideal, linestyle=(0, (4, 3)), color=GREY, linewidth=1.3, zorder=1)
-    ends.append(("ideal scaling", batches[-1], ideal[-1], GREY))
-    number_axis(axes.xaxis, batches)
-    number_axis(axes.yaxis, steps + ideal, limit=0)
-    axes.set(xlabel="batch (sequences a step)", ylabel=f"steps to a validation loss of {target:g}")
-    low, high = min(steps + ideal), max(steps + ideal)
-    axes.set_ylim(low / 1.25, high * 1.25)
-    end_labels(axes, ends, fontsize=9)
-    return figure
 
 
 def draw_curves(curves: Mapping[int, Mapping[str, tuple[int, Curve, Curve]]]) -> Any:

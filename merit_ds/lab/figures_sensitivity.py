@@ -8,13 +8,19 @@ from typing import Any
 from merit_ds.lab.figures import GREY, label_left, legend, look, number_axis, ordered, panels, style
 from merit_ds.lab.report_statistics import Best, Outcome, losses_by_lr
 
+_ABOVE = r"$\uparrow$"
+"""Mark of a loss above the axis: no optimizer's."""
+_MARK = 9
+"""Points that a mark over the axes is high."""
+
 
 def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], Best | None]]]) -> Any:
-    """A panel for each batch: final loss against peak learning rate; diverged and too high ones at the upper edge."""
+    """A panel for each batch: final loss against peak learning rate; diverged and too high ones over the upper edge."""
     from matplotlib.lines import Line2D
 
     figure, every = panels(len(grids), height=3.8)
-    for axes, (batch, grid) in zip(every, grids.items(), strict=True):
+    highest = 0
+    for axes, grid in zip(every, grids.values(), strict=True):
         outcomes = [outcome for found, _ in grid.values() for outcome in found]
         bottom, top = loss_window([outcome.loss for outcome in outcomes])
         axes.set_xscale("log")
@@ -26,15 +32,18 @@ def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], B
             for outcome in grid[name][0]:
                 if outcome.loss > top:
                     above.setdefault(outcome.lr, []).append((name, outcome.loss))
-        _edge_marks(axes, above)
+        _marks_above(axes, above)
         number_axis(axes.xaxis, [outcome.lr for outcome in outcomes], limit=5)
         axes.tick_params(axis="x", labelrotation=35)
-        axes.set(title=f"batch {batch:,}", xlabel="peak learning rate")
+        highest = max([highest, *map(len, above.values())])
+        axes.set_xlabel("peak learning rate")
         label_left(axes, "final validation loss (nats a token)")
+    for axes, batch in zip(every, grids, strict=True):
+        axes.set_title(f"batch {batch:,}", pad=6 + _MARK * highest)
     extra = [
         Line2D([], [], color=GREY, marker="o", markersize=12, markerfacecolor="none", linestyle="", label="best"),
         Line2D([], [], color=GREY, marker="x", markersize=7, markeredgewidth=2, linestyle="", label="diverged"),
-        Line2D([], [], color=GREY, marker="^", markersize=7, linestyle="", label="above the axis"),
+        Line2D([], [], color=GREY, marker=_ABOVE, markersize=8, linestyle="", label="above the axis"),
     ]
     legend(figure, ordered(name for grid in grids.values() for name in grid), extra=extra)
     return figure
@@ -71,19 +80,20 @@ def _line(axes: Any, name: str, outcomes: Sequence[Outcome], best: Best | None) 
     axes.plot([lr for lr, _ in line], [loss for _, loss in line], **style(name))
 
 
-def _edge_marks(axes: Any, above: Mapping[float, Sequence[tuple[str, float]]]) -> None:
-    """Marks at the upper edge, one below the other where several have the same learning rate."""
+def _marks_above(axes: Any, above: Mapping[float, Sequence[tuple[str, float]]]) -> None:
+    """Marks outside the axes, one over the other where several have the same learning rate: inside they would look
+    like losses."""
     top = axes.get_ylim()[1]
     for lr, found in above.items():
         for place, (name, loss) in enumerate(found):
-            mark = {"marker": "^"} if math.isfinite(loss) else {"marker": "x", "linewidths": 2}
+            mark = {"marker": _ABOVE} if math.isfinite(loss) else {"marker": "x", "linewidths": 2}
             axes.scatter(
-                [lr], [top], s=42, color=look(name)[0], clip_on=False, zorder=4, transform=_down(axes, place), **mark
+                [lr], [top], s=42, color=look(name)[0], clip_on=False, zorder=4, transform=_up(axes, place), **mark
             )
 
 
-def _down(axes: Any, place: int) -> Any:
-    """Data coordinates, moved down by a mark's height for each place."""
+def _up(axes: Any, place: int) -> Any:
+    """Data coordinates, moved up by a mark's height for each place, and by half of one."""
     from matplotlib.transforms import ScaledTranslation
 
-    return axes.transData + ScaledTranslation(0, -9 * place / 72, axes.figure.dpi_scale_trans)
+    return axes.transData + ScaledTranslation(0, _MARK * (place + 0.6) / 72, axes.figure.dpi_scale_trans)

@@ -5,12 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from merit_ds.lab.figures import (
     end_labels,
     ink,
     label_left,
+    look,
     number_axis,
     ordered,
     panels,
@@ -18,6 +20,11 @@ from merit_ds.lab.figures import (
     two_digits,
     whole_steps,
 )
+
+Line = Sequence[tuple[int, float]]
+"""(optimizer step, value) of one run; NaN: not known."""
+Band = Sequence[tuple[int, float, float, float]]
+"""(optimizer step, mean, lowest, highest) over seeds."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,14 @@ class LayerMap:
     """Behind the optimizer's name in the panel's title."""
 
 
-def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logarithmic: bool) -> Any:
-    """Small multiples: step to the right, layer upwards from 0, the same colours for the same value in every panel."""
+def draw_maps(
+    maps: Mapping[str, LayerMap], *, label: str, percent: bool, logarithmic: bool, floor: float | None = None
+) -> Any:
+    """Small multiples: step to the right, layer upwards from 0, the same colours for the same value in every panel.
+
+    Args:
+        floor: what lies below has one colour, and the colour bar an arrow.
+    """
     from matplotlib import colors
     from matplotlib.ticker import PercentFormatter
 
@@ -41,6 +54,8 @@ def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logari
     figure, every = panels(len(names), height=2.5)
     finite = [v for one in maps.values() for sample in one.values for v in sample if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
+    bottom = _bottom(finite, floor)
+    low = low if bottom is None else bottom
     wide = logarithmic and low > 0 and high > 8 * low
     low, high = (0.0 if percent else low), (high if high > low else low + (abs(low) * 0.1 or 0.01))
     norm = colors.LogNorm(low, high) if wide else colors.Normalize(low, high)
@@ -49,7 +64,8 @@ def draw_maps(maps: Mapping[str, LayerMap], *, label: str, percent: bool, logari
         mesh = _panel(axes, maps[name], norm)
         axes.set_title(name, color=ink(name))
         axes.set_title(maps[name].note, loc="right", fontsize=8, fontweight="normal", color="#4b5563")
-    bar = figure.colorbar(mesh, ax=every, shrink=0.9, aspect=30 if len(names) > 3 else 20, pad=0.015)
+    extend = "neither" if bottom is None else "min"
+    bar = figure.colorbar(mesh, ax=every, extend=extend, shrink=0.9, aspect=30 if len(names) > 3 else 20, pad=0.015)
     bar.set_label(label)
     if wide:
         number_axis(bar.ax.yaxis, [low, high], limit=0)
@@ -80,22 +96,50 @@ def step_edges(steps: Sequence[int]) -> list[float]:
     return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
 
 
-def draw_peaks(batches: Mapping[int, Mapping[str, LayerMap]], *, label: str) -> Any:
-    """A panel for each batch: the largest value of all layers against steps, a line for each optimizer."""
+def draw_peaks(batches: Mapping[int, Mapping[str, Sequence[Line]]], *, label: str, floor: float | None = None) -> Any:
+    """A panel for each batch: for each optimizer the mean over its seeds' lines, and their range as a band.
+
+    Args:
+        floor: no axis reaches below it, if something lies above it; a line that ends below has an arrow at its name.
+    """
     figure, every = panels(len(batches), height=3.2)
-    for axes, (batch, maps) in zip(every, batches.items(), strict=True):
-        ends = []
-        for name in ordered(maps):
-            peaks = [max((v for v in sample if math.isfinite(v)), default=math.nan) for sample in maps[name].values]
-            steps = maps[name].steps
-            axes.plot(steps, peaks, **sparse(name, len(steps)))
-            if math.isfinite(peaks[-1]):
-                ends.append((f"{name} {two_digits(peaks[-1])}", steps[-1], peaks[-1], ink(name)))
+    for axes, (batch, by_name) in zip(every, batches.items(), strict=True):
         axes.set_yscale("log")
-        positive = [v for one in maps.values() for sample in one.values for v in sample if 0 < v < math.inf]
-        number_axis(axes.yaxis, positive or [1.0], limit=0)
+        merged = {name: over_seeds(by_name[name]) for name in ordered(by_name)}
+        shown = [v for rows in merged.values() for _, *values in rows for v in values if 0 < v < math.inf]
+        bottom = _bottom(shown, floor)
+        for name, rows in merged.items():
+            steps, means, lows, highs = zip(*rows, strict=True)
+            axes.plot(steps, means, **sparse(name, len(steps)))
+            axes.fill_between(steps, lows, highs, color=look(name)[0], alpha=0.15, linewidth=0)
+        axes.set_ylim(bottom=bottom)
+        number_axis(axes.yaxis, [v for v in shown if bottom is None or v >= bottom] or [1.0], limit=0)
         axes.set_title(f"batch {batch:,}")
         whole_steps(axes)
         label_left(axes, label)
-        end_labels(axes, ends)
+        end_labels(axes, [_end(name, rows, bottom) for name, rows in merged.items() if math.isfinite(rows[-1][1])])
     return figure
+
+
+def over_seeds(lines: Sequence[Line]) -> Band:
+    """Step, mean, lowest and highest of the seeds that were sampled there; NaN where none is finite."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        for step, value in line:
+            found.setdefault(step, []).extend([value] if math.isfinite(value) else [])
+    nothing = (math.nan,) * 3
+    return [(step, *((fmean(v), min(v), max(v)) if v else nothing)) for step, v in sorted(found.items())]
+
+
+def _end(
+    name: str, rows: Sequence[tuple[int, float, float, float]], bottom: float | None
+) -> tuple[str, float, float, str]:
+    """What stands at the end of the optimizer's line, and where."""
+    step, mean, *_ = rows[-1]
+    below = bottom is not None and mean < bottom
+    return f"{name} {two_digits(mean)}{' ↓' if below else ''}", step, bottom if bottom and below else mean, ink(name)
+
+
+def _bottom(values: Sequence[float], floor: float | None) -> float | None:
+    """The floor, if some of the values lie below it and some above; None: nothing is cut off."""
+    return floor if floor is not None and values and min(values) < floor < max(values) else None

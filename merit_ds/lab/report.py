@@ -13,8 +13,9 @@ from tqdm import tqdm
 from merit_ds.errors import InputError
 from merit_ds.lab.figures import styled, to_png
 from merit_ds.lab.report_ablations import ablations_section
-from merit_ds.lab.report_comparisons import curves_section, steps_section
 from merit_ds.lab.report_cost import cost_section
+from merit_ds.lab.report_curves import curves_section
+from merit_ds.lab.report_hessian import hessian_section
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_listing import overview_section, runs_section, studies_section
 from merit_ds.lab.report_loss import best_section, sensitivity_section, tune
@@ -22,6 +23,7 @@ from merit_ds.lab.report_models import models_section
 from merit_ds.lab.report_page import Plot, Section, render_html, render_markdown
 from merit_ds.lab.report_repeats import repeats_section
 from merit_ds.lab.report_runs import Study, distinct, read_study, tell_apart
+from merit_ds.lab.report_steps import steps_section
 from merit_ds.lab.report_telemetry import telemetry_sections
 from merit_ds.training.cli import report_errors
 from merit_ds.training.manifest import write_text
@@ -33,7 +35,8 @@ def write_report(folders: Sequence[Path], *, output: Path, target_loss: float | 
     Args:
         folders: as `lab run` wrote them; a point that several hold counts once, from the first.
         output: is created; files of the same names are replaced.
-        target_loss: of "steps to a given loss", nats a token; None: the worst final loss among the best runs.
+        target_loss: of "steps to a given loss", nats a token; None: for each batch but the smallest the worst final
+            loss of its best runs.
 
     Returns:
         The files, the page first.
@@ -79,6 +82,7 @@ def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float
         ablations_section(runs, tuned, links),
         models_section(studies, tuned, links),
         *telemetry_sections(tuned, links),
+        hessian_section(studies, links),
         cost_section(runs, links),
         studies_section(studies),
         runs_section(runs, links),
@@ -99,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--target-loss",
         type=float,
         metavar="LOSS",
-        help="validation loss of “steps to a given loss”, nats a token (default: the worst final one of the best runs)",
+        help="validation loss of “steps to a given loss”, nats a token (default: for each batch but the "
+        "smallest the worst final one of its best runs)",
     )
     parsed = parser.parse_args(arguments)
     with report_errors():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's section on what a step costs: seconds and FLOP/s by optimizer and model."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -14,6 +15,30 @@ from merit_ds.lab.report_statistics import steady_median
 
 WARM_UP = 10
 """Steps that are left out: caches fill, libraries load, kernels compile."""
+AGREE = 0.05
+"""How far from an optimizer's median, as a share of it, a run's time may lie."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a step of one optimizer's runs of a model and batch on a device."""
+
+    seconds: Sequence[float]
+    alone: bool
+    """Whether each run had the machine for itself, as far as the lab knows."""
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def agree(self) -> bool:
+        """Whether every run lies near the median: else something else went on beside some of them."""
+        return all(abs(seconds - self.median) <= AGREE * self.median for seconds in self.seconds)
+
+    @property
+    def comparable(self) -> bool:
+        return self.alone and self.agree
 
 
 def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
@@ -21,7 +46,8 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     section = Section("Time a step and FLOP/s", "cost")
     section.text.append(
         f"The median step of each run after its first {WARM_UP}, evaluation and saving not counted, then the median "
-        "over runs. FLOP/s are the model's own, without recomputation, for each rank."
+        "over runs. FLOP/s are the model's own, without recomputation, for each rank. Times are compared, and drawn, "
+        f"where each run had the machine for itself and all of an optimizer's lie within {AGREE:.0%} of their median."
     )
     groups: dict[tuple[str, int, str], dict[str, list[Run]]] = {}
     for run in runs:
@@ -39,25 +65,49 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
     rows: list[list[Cell]] = []
     drawn = {}
     for (model, batch, device), group in sorted(groups.items()):
-        seconds = {name: median(_seconds(run) or 0.0 for run in group[name]) for name in ordered(group)}
-        ratios = ratios_to_adamw(seconds, alone={name for name in group if all(_jobs(r) == 1 for r in group[name])})
+        times = {name: _times(group[name]) for name in ordered(group)}
         where = f"{model}\nbatch {batch:,}" + (f", {device}" if len({d for _, _, d in groups}) > 1 else "")
-        drawn[where] = {name: (seconds[name], ratios[name]) for name in seconds}
-        rows += [_row(model, batch, device, n, group[n], seconds[n], ratios[n], links) for n in seconds]
-    caption = "Seconds a step by optimizer, and the ratio to AdamW's in the same panel. Beside the paper's table 2."
+        ratios = ratios_to_adamw(times)
+        if bars := {name: (found.median, ratios[name]) for name, found in times.items() if found.comparable}:
+            drawn[where] = bars
+        rows += [_row(model, batch, device, n, group[n], times, links) for n in times]
+    if drawn:
+        caption = "Seconds a step by optimizer, and the ratio to AdamW's in the same panel. Beside the paper's table 2."
+        section.parts.append(Plot("cost", caption, partial(draw_cost, drawn)))
     columns = ["model", "batch", "optimizer", "s a step", "to AdamW", "GFLOP/s a rank", "runs", "device"]
-    section.parts += [Plot("cost", caption, partial(draw_cost, drawn)), Table("Time a step", columns, rows)]
+    section.parts.append(Table("Time a step", columns, rows))
     return section
 
 
-def ratios_to_adamw(seconds: Mapping[str, float], *, alone: Set[str]) -> dict[str, float | None]:
-    """Each optimizer's seconds a step over AdamW's; None where there is no AdamW, or where either is not `alone`.
+def ratios_to_adamw(times: Mapping[str, Times]) -> dict[str, float | None]:
+    """Each optimizer's seconds a step over AdamW's; None without AdamW, or where either side compares nothing."""
+    base = _adamw(times)
+    if base is None or not base.comparable:
+        return dict.fromkeys(times)
+    return {name: found.median / base.median if found.comparable else None for name, found in times.items()}
 
-    Args:
-        alone: the optimizers whose runs had the machine for themselves.
-    """
-    base = next((name for name in seconds if name.casefold() == "adamw" and name in alone), None)
-    return {name: seconds[name] / seconds[base] if base and name in alone else None for name in seconds}
+
+def _adamw(times: Mapping[str, Times]) -> Times | None:
+    return next((found for name, found in times.items() if name.casefold() == "adamw"), None)
+
+
+def _times(runs: Sequence[Run]) -> Times:
+    return Times([_seconds(run) or 0.0 for run in runs], alone=all(_jobs(run) == 1 for run in runs))
+
+
+def _compared(name: str, times: Mapping[str, Times]) -> str:
+    """The ratio to AdamW, or why there is none."""
+    found, base = times[name], _adamw(times)
+    if not found.alone:
+        return "not alone"
+    if not found.agree:
+        return f"times disagree: {three_digits(min(found.seconds))} to {three_digits(max(found.seconds))} s"
+    if base is None:
+        return "-"
+    if not base.comparable:
+        return f"AdamW's {'disagree' if base.alone else 'were not alone'}"
+    single = " (of a single run)" if 1 in (len(found.seconds), len(base.seconds)) else ""
+    return f"{ratios_to_adamw(times)[name]:.3f}{single}"
 
 
 def _jobs(run: Run) -> int:
@@ -81,8 +131,7 @@ def _row(
     device: str,
     name: str,
     runs: Sequence[Run],
-    seconds: float,
-    ratio: float | None,
+    times: Mapping[str, Times],
     links: Links,
 ) -> list[Cell]:
     speeds = [speed for run in runs if (speed := _tflops(run)) is not None]
@@ -93,8 +142,8 @@ def _row(
         cell(model),
         cell(f"{batch:,}"),
         cell(name, colour=look(name)[0]),
-        cell(three_digits(seconds)),
-        cell("-" if ratio is None else f"{ratio:.3f}"),
+        cell(three_digits(times[name].median)),
+        cell(_compared(name, times)),
         cell(f"{median(speeds) * 1000:,.4g}" if speeds else "-"),
         Cell(tuple(parts)),
         cell(device),

@@ -19,7 +19,11 @@ class Links:
         """The run's folder, or its entry on the page if the folder is not there (any more)."""
         if run.folder is None:
             return f"#{anchor(run)}"
-        return Path(os.path.relpath(run.folder.resolve(), self.output.resolve())).as_posix() + "/"
+        return self.file(run.folder) + "/"
+
+    def file(self, path: Path) -> str:
+        """A file or folder on this machine."""
+        return Path(os.path.relpath(path.resolve(), self.output.resolve())).as_posix()
 
 
 def anchor(run: Run) -> str:

@@ -220,8 +220,8 @@ def sensitivity_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         section.parts.append(
             Plot(
                 f"sensitivity-{slug(family.title)}",
-                f"{family.title}: final validation loss against peak learning rate, a panel for each batch. Crosses on "
-                "the upper edge diverged, triangles there lie above the axis; a ring marks each optimizer's best.",
+                f"{family.title}: final validation loss against peak learning rate, a panel for each batch. Over the "
+                "upper edge: crosses diverged, arrows lie above the axis; a ring marks each optimizer's best.",
                 partial(draw_sensitivity, grids),
             )
         )

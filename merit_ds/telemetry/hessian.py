@@ -51,7 +51,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
     """
     if len(arguments.runs) > 1 and arguments.output is None:
         raise InputError("several runs make one picture: name a folder for it and their results by --output DIR")
-    sources = [_read_result(path) if path.is_file() else _open(path, arguments) for path in arguments.runs]
+    sources = [read_result(path) if path.is_file() else _open(path, arguments) for path in arguments.runs]
     targets = [_target(path, source, arguments) for path, source in zip(arguments.runs, sources, strict=True)]
     for target in targets:
         if targets.count(target) > 1:
@@ -165,7 +165,12 @@ def _target(path: Path, source: "dict[str, Any] | Measurement", arguments: argpa
     return Path(arguments.output) / f"{path.resolve().name}_{step}.json"
 
 
-def _read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """An earlier call's result.
+
+    Raises:
+        InputError: the file cannot be read, or is none of this format.
+    """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["format"] == FORMAT:
@@ -174,7 +179,8 @@ def _read_result(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}: not a result of this command, of the format {FORMAT} that this version reads")
+    command = "python -m merit_ds.telemetry.hessian"
+    raise InputError(f"{path}: not a result of `{command}`, of the format {FORMAT} that this version reads")
 
 
 def _summary(result: dict[str, Any]) -> str:
