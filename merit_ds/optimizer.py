@@ -121,11 +121,9 @@ class MeritW(Merit):
         _refuse_elementwise(param_group)
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of `Merit`. Raises: ValueError: also for a state of Merit's with its element-wise ratios."""
-        for group in state_dict["param_groups"]:
-            _refuse_elementwise({"elementwise": True} | group)
-        super().load_state_dict(state_dict)
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        _refuse_elementwise({"elementwise": True} | group)  # an earlier version's may lack it, and was Merit's
+        super()._check_saved_group(group)
 
 
 def _refuse_elementwise(group: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all optimizers of this package are: parameter groups, state and the step, exact under sharding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, overload
@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from merit_ds.binding import bind, stepped_tensors
 from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
+from merit_ds.loading import SavedStates, between_hooks, restore_moments, saved_states
 from merit_ds.ops.rule import Rule
 from merit_ds.registration import allow_under_zero
 from merit_ds.shard import MARKS, Shard, layout_settings
@@ -163,23 +164,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state, the moments as float32 (torch would cast them to the parameter's dtype).
 
+        What counts is the state as the registered pre-hooks leave it; the post-hooks see it restored.
+
         Raises:
             ValueError: the state is not this optimizer's, has settings out of range, or belongs to parameters of
                 other shapes; nothing has been changed.
         """
-        identifiers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        pairs = [
-            (tensor, state_dict["state"][identifier])
-            for identifier, tensor in zip(identifiers, tensors, strict=False)
-            if state_dict["state"].get(identifier)
-        ]
-        for group in state_dict["param_groups"]:
-            check_saved_group(group, self.defaults, name=type(self).__name__)
-        for tensor, state in pairs:
-            check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
-        origins = [self._origin(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        origins: list[_Origin] = []
+        saved: SavedStates = []
+
+        def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
+            saved.extend(saved_states(self.param_groups, adapted))
+            for group in adapted["param_groups"]:
+                self._check_saved_group(group)
+            for tensor, state in saved:
+                check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
+            origins.extend(self._origin(group) for group in self.param_groups)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self._take_groups(origins)
+            restore_moments(self.state, saved, moments=self.rule.moments)
+
+        with between_hooks(self, check=check, restore=restore):
+            super().load_state_dict(state_dict)
+
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a saved group is not one of this optimizer's."""
+        check_saved_group(group, self.defaults, name=type(self).__name__)
+
+    def _take_groups(self, origins: Sequence[_Origin]) -> None:
+        """Go on with groups that a state has brought: what was found out with those before may not hold of them."""
         for group in self.param_groups:
             for key in LATER_SETTINGS:
                 if key in self.defaults:
@@ -190,9 +204,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._agreed.clear()
         self._works.clear()
         self._refusal = None
-        for tensor, state in pairs:
-            for name in self.rule.moments:
-                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
 
     def _check_laid_out(self) -> None:
         for number, group in enumerate(self.param_groups):
