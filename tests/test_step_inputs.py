@@ -117,6 +117,28 @@ def test_what_no_longer_fits_is_refused_and_nothing_is_written(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_gradient_that_stays_the_same_object_may_get_other_data(fused, missing):
+    """Transposed, expanded and of a wrong size, set by `.data`: a kernel would read beside it, or beyond its end."""
+    weight, other = matrix(6, 6), matrix(6, 6)
+    idle = matrix(seed=3)
+    idle.grad = None if missing else idle.grad
+    first, second = Merit([weight, idle], fused=fused, **SETTINGS), Merit([other], fused=fused, **SETTINGS)
+    first.step()
+    second.step()
+    for data in (matrix(6, 6, seed=5).grad.t(), torch.ones(1).expand(6, 6), matrix(6, 12, seed=7).grad[:, ::2]):
+        weight.grad.data, other.grad = data, data.contiguous()
+        first.step()
+        second.step()
+        assert torch.equal(weight, other)
+    weight.grad.data = weight.grad.data.contiguous()
+    first.step()
+    weight.grad.data = weight.grad.data.view(-1)[:5]
+    with pytest.raises(UnsupportedError, match="a gradient has 5 elements and its parameter had 36"):
+        first.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_lazily_negated_gradient_is_what_it_says(fused):
     plain, lazy = matrix(), matrix()
     plain.grad.neg_()
