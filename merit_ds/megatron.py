@@ -84,7 +84,7 @@ def _fingerprint(parameter: Tensor) -> int:
     shape = hash(tuple(parameter.shape)) & 0xFFFF_FFFF
     if split_axis(parameter) is not None or parameter.numel() == 0:
         return shape
-    bits = parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
+    bits = parameter.detach().contiguous().view(getattr(torch, f"int{8 * parameter.element_size()}"))
     return shape + int(bits.sum(dtype=torch.int64))
 
 

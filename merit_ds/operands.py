@@ -3,7 +3,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Gatherer:
         return Operands(weights, self._usable(grads), *moments)
 
     def _usable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if self._seen and all(seen() is grad for seen, grad in zip(self._seen, grads, strict=True)):
+        if self._seen and all(map(is_, map(call, self._seen), grads)):
             present: Any = grads if len(self._present) == len(grads) else [grads[number] for number in self._present]
             if all(map(Tensor.is_contiguous, present)) and list(map(Tensor.numel, present)) == self._present_sizes:
                 return grads

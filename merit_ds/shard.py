@@ -32,6 +32,8 @@ class Shard:
         tensor_group: the tensor-parallel ranks to exchange maxima with; None where no weight is split.
         problem: why this rank must refuse, else None. Found on one rank only, it is told to the others in
             the exchange, so that none is left waiting.
+        idle: it is of a frozen parameter, which may be of any dtype and shape: no matrices are made of it until it is
+            trained.
     """
 
     tensor: Tensor
@@ -42,6 +44,12 @@ class Shard:
     group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
     problem: str | None = None
+    idle: bool = False
+
+
+def is_trained(parameter: Tensor) -> bool:
+    """Whether a step is to look at it: it is not frozen, or has a gradient all the same."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def own_parts(shard: Shard, values: Mapping[int, Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.binding import bind, stepped_tensors
+from merit_ds.binding import bind, is_dry_run, stepped_tensors
 from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
 from merit_ds.loading import SavedStates, between_hooks, restore_moments, saved_states
 from merit_ds.ops.rule import Rule
 from merit_ds.registration import allow_under_zero
-from merit_ds.shard import MARKS, Shard, layout_settings
+from merit_ds.shard import MARKS, Shard, is_trained, layout_settings
 from merit_ds.step import Stepper
 from merit_ds.summary import log_summary
 from merit_ds.validation import (
@@ -54,7 +54,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Megatron-core's tensor parallelism and `fully_shard` are supported.
 
     Args:
-        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting.
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting. A
+            frozen parameter may be anything; what is to be trained later is looked at in its first step.
         defaults: the groups' settings; each is checked by `merit_ds.validation`.
         rule: the formula.
         fused: which kernel, as for `merit_ds.ops.select_kernel`.
@@ -103,7 +104,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             check_settings(added, name=type(self).__name__)
             check_known(added, {*self.defaults, *self.marks}, name=type(self).__name__)
-            check_parameters(added, name=type(self).__name__)
+            check_parameters(added["params"], added, name=type(self).__name__)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -127,6 +128,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 result is exact. No weight has been changed then; the moments of cut weights may have been, so every
                 further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
                 than before how its weights are laid out (`merit_ds.shard.layout_settings`).
+            ValueError: a parameter that was frozen before is trained, and has no defined step. Nothing was changed.
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact
             raise UnsupportedError(self._refusal)
@@ -158,7 +160,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._agreed.update(work.tensors)
         # What was left out must not count where the scalars depend on the count; asking makes the host wait.
         if not (self.rule.counts_steps and self.found_inf is not None and bool(self.found_inf)):
-            self._count(grads, states)
+            work.count(grads, self.param_groups)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,7 +242,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _bind(self, group: dict[str, Any]) -> None:
         """Find out what the group's tensors hold, if that is not known."""
-        if all(tensor in self._bound for tensor in group["params"]):
+        if all(map(self._is_laid_out, group["params"])):
             return
         origin = self._origin(group)
         settings = self.settings_for_layout(group)
@@ -259,6 +261,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 fused=self.fused,
             )
 
+    def _is_laid_out(self, tensor: Tensor) -> bool:
+        shard = self._bound.get(tensor)
+        return shard is not None and not (shard.idle and is_trained(tensor))
+
     def settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group, with what the rule says of norms where the group does not: which of them a layout must have."""
         unmeasured = {"no_trust_ratio": True} if self.rule.norm is None else {}
@@ -272,12 +278,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         sizes = [len(group["params"]) for group in self.param_groups]
         identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
-        if identity in self._works:
-            return self._works[identity]
+        known = self._works.get(identity)
+        if known is not None and not any(map(is_trained, known.idle)):
+            return known
         for group in self.param_groups:
             self._bind(group)
         shards = [self._bound[tensor] for tensor in tensors]
-        if self._is_deepspeed_dry_run(shards):
+        if is_dry_run(shards, self.state):
             for tensor in tensors:
                 self._moments(tensor)
             return None
@@ -287,19 +294,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._works[identity] = work
         return work
 
-    def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:
-        """FP16_UnfusedOptimizer's constructor calls `step` on zero gradients to create state.
-
-        For Adam that is nearly harmless; a trust ratio turns the bare decay term into a full step.
-        """
-        return all(
-            shard.wrapper == "FP16_UnfusedOptimizer"
-            and shard.tensor not in self.state
-            and shard.tensor.grad is not None
-            and not shard.tensor.grad.any()
-            for shard in shards
-        )
-
     def _moments(self, tensor: Tensor) -> dict[str, Any]:
         """A tensor's state, made if it has none."""
         state: dict[str, Any] = self.state[tensor]
@@ -308,15 +302,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name in self.rule.moments:
                 state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
         return state
-
-    def _count(self, grads: list[Tensor | None], states: list[dict[str, Any] | None]) -> None:
-        begin = 0
-        for group in self.param_groups:
-            end = begin + len(group["params"])
-            for state, grad in zip(states[begin:end], grads[begin:end], strict=True):
-                if state is not None and grad is not None:
-                    state["step"] += 1
-                    # Not one more with each call: ZeRO-3 steps a group's tensors in several.
-                    if state["step"] > group["step"]:
-                        group["step"] = state["step"]
-            begin = end

@@ -2,7 +2,7 @@
 """What the optimizers accept: settings, parameters, and saved states."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import same_sharding
 from merit_ds.ops.table import DTYPES
-from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, logical_matrices
+from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, is_trained, logical_matrices
 
 
 def _is_number(value: Any) -> bool:
@@ -133,12 +133,21 @@ def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: 
     check_settings(group, name=name)
 
 
-def check_parameters(group: dict[str, Any], *, name: str) -> None:
-    """Raise ValueError for a parameter whose dtype or shape has no defined step."""
-    for parameter in group["params"]:
-        if parameter.dtype not in DTYPES:
-            raise ValueError(f"{name}: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
+def check_parameters(parameters: Iterable[Tensor], group: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError for a parameter whose dtype or shape has no defined step; a frozen one needs none.
+
+    Args:
+        group: theirs.
+    """
+    for parameter in filter(is_trained, parameters):
+        check_dtype(parameter, name=name)
         logical_matrices(parameter, group)
+
+
+def check_dtype(parameter: Tensor, *, name: str) -> None:
+    """Raise ValueError for a parameter whose dtype has no defined step."""
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name}: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
 
 
 def check_state(tensor: Tensor, state: dict[str, Any], *, moments: Sequence[str], name: str) -> None:

@@ -37,6 +37,8 @@ class Work:
         stepper: what takes the rule's steps.
 
     Attributes:
+        tensors: those that are stepped.
+        idle: those of frozen parameters, which are not.
         agreed: whether the ranks have found that none of them refuses its shards.
 
     Raises:
@@ -52,6 +54,9 @@ class Work:
         fused: bool | None,
         stepper: type[Stepper] = Stepper,
     ) -> None:
+        self.idle = [shard.tensor for shard in shards if shard.idle]
+        groups = [group for shard, group in zip(shards, groups, strict=True) if not shard.idle]
+        shards = [shard for shard in shards if not shard.idle]
         self.tensors = [shard.tensor for shard in shards]
         self.gather = Gatherer(shards, moments=rule.moments)
         self._rule = rule
@@ -119,6 +124,15 @@ class Work:
             own = operands if len(self._steppers) == 1 else operands.of(members)
             flag = None if noop is None else noop.to(stepper.device, torch.float32)
             stepper.step(own, settings, noop=flag, check_agreement=check_agreement, inspect=inspect)
+
+    def count(self, grads: Sequence[Tensor | None], param_groups: Sequence[dict[str, Any]]) -> None:
+        """Count a step in the states of all tensors that have a gradient, and in their groups."""
+        for number, state, grad in zip(self._groups, self._states, grads, strict=True):
+            if state is not None and grad is not None:
+                state["step"] = step = state["step"] + 1
+                # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+                if step > param_groups[number]["step"]:
+                    param_groups[number]["step"] = step
 
     def _with_steps(self, param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """For each tensor its group's settings, and how often it was stepped."""

@@ -147,6 +147,8 @@ class MeritSophiaG(ShardedOptimizer):
             self._bind(origin.group)
             beta2 = origin.group["betas"][1]
             for tensor in stepped_tensors(origin.group, origin.parameters):
+                if self._bound[tensor].idle:
+                    continue
                 h = local_part(self._moments(tensor)["exp_avg_sq"]).view(-1)
                 for place, grad in own_parts(self._bound[tensor], values):
                     grad = grad.to(h.device, torch.float32)
