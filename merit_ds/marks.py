@@ -19,7 +19,9 @@ def mark_parameters(
 ) -> None:
     """Exempt parameters from weight decay, or from the trust ratio (s = 1), by patterns of their names.
 
-    `sign_update` is for `MeritScion` alone: parameters that take the step of an embedding or an output layer.
+    `MeritLion`, `MeritSophiaG` and `MeritScion` have no trust ratio and pass `no_trust_ratio` over; the decay of
+    `MeritScion` is the shrinking of `constrained`. `sign_update` is for `MeritScion` alone: parameters that take the
+    step of an embedding or an output layer.
 
     Args:
         model: whose `named_parameters` are meant.

@@ -68,8 +68,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             of `step` and device; set it on all ranks. It stays until it is set to None.
 
     Raises:
-        ValueError: a setting out of its range, a group's that is another optimizer's, or a parameter whose dtype or
-            shape has no defined step.
+        ValueError: a setting out of its range, a group's that is another optimizer's or misspelt, or a parameter whose
+            dtype or shape has no defined step.
     """
 
     stepper: ClassVar[type[Stepper]] = Stepper
@@ -101,9 +101,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Add a group; its settings and shapes are checked now rather than in the first step."""
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        unmeasured = set() if self.rule.norm else {"no_trust_ratio"}
         try:
             check_settings(added, name=type(self).__name__)
-            check_known(added, {*self.defaults, *self.marks}, name=type(self).__name__)
+            check_known(added, {"params", *self.defaults, *self.marks} - unmeasured, name=type(self).__name__)
             check_parameters(added["params"], added, name=type(self).__name__)
         except ValueError:
             self.param_groups.pop()

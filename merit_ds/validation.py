@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -93,15 +94,33 @@ def _asks(key: str, value: Any) -> bool:
     return not value if key == "whole_bound" else bool(value)
 
 
+_OTHERS = ("maximize", "amsgrad", "nesterov", "dampening")
+"""Settings of torch's optimizers by which a step would be another one; none of ours has them."""
+
+
 def check_known(group: dict[str, Any], known: Collection[str], *, name: str) -> None:
-    """Raise ValueError for a group's setting that the optimizer would pass over, being another's.
+    """Raise ValueError for a group's setting that the optimizer would pass over: another's, or one misspelt.
 
     Args:
-        known: the optimizer's own settings and marks. Others may be there if they ask for nothing.
+        known: the optimizer's own settings and marks. Others may be there if they ask for nothing, and so may what
+            schedulers and wrappers note in a group.
     """
-    for key in (key for kind in _KINDS for key in kind.settings):
-        if key in group and key not in known and _asks(key, group[key]):
-            raise ValueError(f"{name}: a group has {key}={group[key]!r}, and {name} has no {key}: leave it out")
+    settings = {*_OTHERS, *(key for kind in _KINDS for key in kind.settings)}
+    for key, value in group.items():
+        if key in known:
+            continue
+        if key in settings:
+            if _asks(key, value):
+                raise ValueError(f"{name}: a group has {key}={value!r}, and {name} has no {key}: leave it out")
+        elif meant := _misspelt(key, settings):
+            raise ValueError(f"{name}: a group has {key}={value!r}, which {name} does not know; did you mean {meant}?")
+
+
+def _misspelt(key: str, settings: Collection[str]) -> str | None:
+    """The setting for which a key is a slip; one that is whole within it, as in "max_weight_decay", is another's."""
+    if any(f"_{setting}_" in f"_{key}_" for setting in settings):
+        return None
+    return next(iter(get_close_matches(key, sorted(settings), n=1, cutoff=0.85)), None)
 
 
 def check_laid_out(before: dict[str, Any], now: dict[str, Any], *, name: str, number: int) -> None:
