@@ -17,7 +17,7 @@ from merit_ds.loading import SavedStates, between_hooks, restore_moments, saved_
 from merit_ds.ops.rule import Rule
 from merit_ds.registration import allow_under_zero
 from merit_ds.shard import MARKS, Shard, is_trained, layout_settings
-from merit_ds.step import Stepper
+from merit_ds.step import HalfwayError, Stepper
 from merit_ds.summary import log_summary
 from merit_ds.validation import (
     LATER_SETTINGS,
@@ -126,9 +126,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises:
             UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
-                result is exact. No weight has been changed then; the moments of cut weights may have been, so every
+                result is exact. No weight has been changed then; where the moments of cut weights may have been, every
                 further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
-                than before how its weights are laid out (`merit_ds.shard.layout_settings`).
+                than before how its weights are laid out (`merit_ds.shard.layout_settings`), or settings change during
+                the capture of a CUDA graph.
             ValueError: a parameter that was frozen before is trained, and has no defined step. Nothing was changed.
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact
@@ -153,7 +154,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 check_agreement=not work.agreed,
                 inspect=self.inspect,
             )
-        except UnsupportedError as refusal:
+        except HalfwayError as refusal:
             self._refusal = str(refusal)
             raise
         if not work.agreed:

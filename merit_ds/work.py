@@ -118,6 +118,9 @@ class Work:
             noop: one number, on any device; if it is not 0, nothing is changed.
             check_agreement: whether this step has to find out if a rank refuses its shard.
             inspect: see `Stepper.step`.
+
+        Raises:
+            UnsupportedError: see `Stepper.step`.
         """
         settings = self._with_steps(param_groups) if self._rule.counts_steps else param_groups
         for members, stepper in self._steppers:

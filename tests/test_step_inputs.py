@@ -182,3 +182,22 @@ def test_parameters_without_a_gradient_get_no_state():
     frozen.grad = torch.ones_like(frozen)
     optimizer.step()
     assert optimizer.state[frozen]["step"] == 1 and optimizer.state[weight]["step"] == 2
+
+
+def test_a_refusal_before_anything_was_touched_does_not_stay(monkeypatch):
+    """A graph's capture with new settings is refused and says to take a step first, which must then be possible."""
+    weight, other = matrix(), matrix()
+    optimizer, plain = Merit([weight], fused=False, **SETTINGS), Merit([other], fused=False, **SETTINGS)
+    optimizer.step()
+    plain.step()
+    for each in (optimizer, plain):
+        each.param_groups[0]["lr"] = 0.5
+    ((_, stepper),) = next(iter(optimizer._works.values()))._steppers
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper, "device", torch.device("cuda"))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(UnsupportedError, match="take a step before the capture"):
+            optimizer.step()
+    optimizer.step()
+    plain.step()
+    assert torch.equal(weight, other) and optimizer.state[weight]["step"] == 2
