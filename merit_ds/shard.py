@@ -113,7 +113,7 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
 
 
 def layout_settings(param_group: dict[str, Any]) -> dict[str, Any]:
-    """What a group says to `logical_matrices`; a change of it afterwards would be passed over."""
+    """What a group says to `logical_matrices`, and of the norm; a change of it afterwards would be passed over."""
     view = param_group.get("matrix_view")
     return {
         "matrix_view": tuple(view) if isinstance(view, list) else view,
@@ -121,6 +121,7 @@ def layout_settings(param_group: dict[str, Any]) -> dict[str, Any]:
         "no_trust_ratio": bool(param_group.get("no_trust_ratio")),
         "elementwise": param_group.get("elementwise", True),
         "whole_bound": param_group.get("whole_bound", True),
+        "norm": param_group.get("norm"),
     }
 
 

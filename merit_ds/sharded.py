@@ -21,6 +21,7 @@ from merit_ds.step import HalfwayError, Stepper
 from merit_ds.summary import log_summary
 from merit_ds.validation import (
     LATER_SETTINGS,
+    check_for_all,
     check_known,
     check_laid_out,
     check_parameters,
@@ -92,6 +93,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._refusal: str | None = None
         if isinstance(defaults.get("betas"), list):
             defaults["betas"] = tuple(defaults["betas"])
+        if rule.norm is not None:
+            defaults["norm"] = rule.norm.name  # a saved state says by it what it is of
         defaults["step"] = 0  # DeepSpeed's elastic checkpoints look for it in the group
         check_settings(defaults, name=type(self).__name__)
         super().__init__(params, defaults)
@@ -103,6 +106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         added = self.param_groups[-1]
         unmeasured = set() if self.rule.norm else {"no_trust_ratio"}
         try:
+            check_for_all(added, self.defaults, name=type(self).__name__)
             check_settings(added, name=type(self).__name__)
             check_known(added, {"params", *self.defaults, *self.marks} - unmeasured, name=type(self).__name__)
             check_parameters(added["params"], added, name=type(self).__name__)
@@ -247,6 +251,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if all(map(self._is_laid_out, group["params"])):
             return
         origin = self._origin(group)
+        check_for_all(
+            group, self.defaults, name=type(self).__name__
+        )  # a universal checkpoint is loaded into the groups
         settings = self.settings_for_layout(group)
         shards = bind(settings, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})

@@ -67,15 +67,21 @@ _KINDS = (
 )
 
 
+def check_for_all(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError where a group has something of its own that is one for all groups."""
+    for key in ("norm", "fused"):
+        if key in group and group[key] != defaults.get(key):
+            raise ValueError(
+                f"{name}: a group has {key}={group[key]!r}, but {key} is one for all groups: give it to the optimizer"
+            )
+
+
 def check_settings(group: dict[str, Any], *, name: str) -> None:
     """Raise ValueError for a group's setting out of its range; names it, the value and what is allowed.
 
     Args:
         name: the optimizer's; each has some of the settings.
     """
-    for key in ("norm", "fused"):
-        if key in group:
-            raise ValueError(f"{name}: {key} is one for all groups: give it to the optimizer, not to a group")
     if group.get("elementwise") is False and group.get("whole_bound") is False:
         raise ValueError(f"{name}: elementwise and whole_bound are both False, and then no ratio is left")
     for kind in _KINDS:
@@ -138,7 +144,7 @@ def check_laid_out(before: dict[str, Any], now: dict[str, Any], *, name: str, nu
             )
 
 
-LATER_SETTINGS = ("elementwise", "whole_bound")
+LATER_SETTINGS = ("elementwise", "whole_bound", "norm")
 """Settings that states saved by earlier versions lack: they were taken with the defaults."""
 _TORCHS = "differentiable"
 """torch adds it to the defaults of an optimizer that has loaded a state, or was unpickled; it is in no group."""
@@ -149,6 +155,11 @@ def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: 
     missing = sorted(defaults.keys() - group.keys() - {*LATER_SETTINGS, _TORCHS})
     if missing:
         raise ValueError(f"this is not {name}'s optimizer state: its groups have no {missing[0]}")
+    own = defaults.get("norm")
+    if group.get("norm", own) != own:
+        raise ValueError(
+            f"this is not {name}'s optimizer state: it was saved with norm={group['norm']!r}, and norm is {own!r} here"
+        )
     check_settings(group, name=name)
 
 
@@ -175,9 +186,10 @@ def check_state(tensor: Tensor, state: dict[str, Any], *, moments: Sequence[str]
     others = sorted(tensors - set(moments))
     if others:
         raise ValueError(f"this is not {name}'s optimizer state: it has {others[0]}, which {name} does not")
+    for key in ("step", *moments):
+        if key not in state:
+            raise ValueError(f"this is not {name}'s optimizer state: it has {sorted(state)} and no {key}")
     for moment in moments:
-        if moment not in state:
-            raise ValueError(f"this is not {name}'s optimizer state: it has {sorted(state)} and no {moment}")
         if state[moment].shape != tensor.shape:
             raise ValueError(
                 f"{moment} has shape {tuple(state[moment].shape)} and its parameter {tuple(tensor.shape)}: the state "

@@ -93,7 +93,7 @@ class Work:
             create: returns a tensor's state, a new one where it has none.
         """
         known = _same(list(state.values()), self._all_states)
-        if not known or (None in self._states and any(map(_lacks_state, self._states, grads))):
+        if not known or (not all(self._states) and any(map(_lacks_state, self._states, grads))):
             self._states = [
                 create(tensor) if grad is not None or tensor in state else None
                 for tensor, grad in zip(self.tensors, grads, strict=True)
@@ -146,7 +146,7 @@ class Work:
 
 
 def _lacks_state(state: State | None, grad: Tensor | None) -> bool:
-    return state is None and grad is not None
+    return not state and grad is not None
 
 
 def _is_shared(shard: Shard) -> bool:

@@ -2,13 +2,14 @@
 """The baselines as optimizers: saved states, settings, steps that are left out, a look into a step."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from baseline_cases import BASELINES, STEPS, gradients, model, train
 
 import merit_ds
-from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritScion, MeritSophiaG, MeritW
+from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritMaxLAMB, MeritScion, MeritSophiaG, MeritW
 from merit_ds.errors import UnsupportedError
 
 
@@ -187,6 +188,36 @@ def test_a_groups_setting_that_asks_for_nothing_may_be_there(kind, group):
     before = [weight.detach().clone() for weight in weights]
     train(kind([{"params": weights, "note": "anybody's", **group}], 0.01), weights, steps=range(1))
     assert not any(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader", "norms"),
+    [
+        (functools.partial(Merit, norm="l2"), Merit, "norm='l2', and norm is 'max'"),
+        (Merit, functools.partial(Merit, norm="l2"), "norm='max', and norm is 'l2'"),
+        (MeritLAMB, MeritMaxLAMB, "norm='l2', and norm is 'max'"),
+        (MeritMaxLAMB, MeritLAMB, "norm='max', and norm is 'l2'"),
+    ],
+)
+def test_a_state_of_another_norm_is_refused_and_one_that_does_not_say_is_taken(saver, loader, norms):
+    weights = model()
+    saved = saver(weights, 0.01)
+    train(saved, weights, steps=[0])
+    state, optimizer = copy.deepcopy(saved.state_dict()), loader(weights, 0.01)
+    own = optimizer.param_groups[0]["norm"]
+    with pytest.raises(ValueError, match=norms):
+        optimizer.load_state_dict(state)
+    del state["param_groups"][0]["norm"]  # as of an earlier version
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["norm"] == own
+    train(optimizer, weights, steps=[1])
+    optimizer.param_groups[0]["norm"] = "another"  # as DeepSpeed loads a universal checkpoint
+    with pytest.raises(UnsupportedError, match=f"norm of group 0 was changed from '{own}'"):
+        optimizer.step()
+    fresh = loader(weights, 0.01)
+    fresh.param_groups[0]["norm"] = "another"
+    with pytest.raises(ValueError, match="norm is one for all groups"):
+        fresh.step()
 
 
 @pytest.mark.parametrize("marked", ["group", "parameter"])

@@ -149,6 +149,30 @@ def test_foreign_state_is_refused_and_nothing_changes():
     assert torch.equal(optimizer.state[weight]["exp_avg"], before["state"][0]["exp_avg"])
 
 
+def test_a_state_without_its_count_is_refused_and_nothing_changes():
+    weight = parameter(4, 5)
+    optimizer = Merit([weight], **SETTINGS)
+    train(optimizer, [weight])
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["step"]
+    with pytest.raises(ValueError, match=r"not Merit's optimizer state: it has .* and no step"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state[weight]["step"] == 4
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_that_was_emptied_is_made_anew(fused):
+    weight, idle, straight = parameter(4, 5), parameter(3), parameter(4, 5)
+    optimizer = Merit([weight, idle], fused=fused, **SETTINGS)
+    train(optimizer, [weight], steps=range(2))
+    optimizer.state[weight].clear()
+    straight.data = weight.detach().clone()
+    train(optimizer, [weight], steps=range(2, 4))
+    train(Merit([straight], fused=fused, **SETTINGS), [straight], steps=range(2, 4))
+    assert torch.equal(weight, straight)
+    assert optimizer.state[weight]["step"] == 2 and idle not in optimizer.state
+
+
 def test_a_state_can_be_loaded_again():
     """Back to an earlier state, as after a bad step; the copy has been unpickled, which counts as loading."""
     weight = parameter(4, 5)
