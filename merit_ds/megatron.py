@@ -64,7 +64,7 @@ def replication_problem(parameters: Sequence[Tensor], group: dist.ProcessGroup) 
     Returns:
         What is wrong, the same on every rank; else None.
     """
-    marks = torch.tensor([_fingerprint(parameter) for parameter in parameters], dtype=torch.int64)
+    marks = torch.tensor([_fingerprint(parameter) for parameter in parameters], dtype=torch.int64, device="cpu")
     if parameters:
         marks = marks.to(parameters[0].device)
     both = torch.stack((marks, -marks))

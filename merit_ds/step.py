@@ -58,7 +58,7 @@ class Stepper:
         self._unbounded = torch.tensor(plan.unbounded, dtype=torch.int64, device=device)
         self._carried = torch.tensor(plan.carried, dtype=torch.int64, device=device).reshape(-1, 2)
         self._rows: list[Any] = []
-        self._scalars = torch.zeros(0)
+        self._scalars = torch.zeros(0, device=device)
         self._prepare = kernel.preparer([local_part(shard.tensor).numel() for shard in shards], device)
 
     def step(
@@ -154,7 +154,8 @@ class Stepper:
             if self._scalars.shape[0] != len(rows):
                 self._scalars = torch.empty(len(rows), len(fields), dtype=torch.float32, device=self.device)
             pinned = self.device.type == "cuda"  # else the copy would wait for all work before it
-            self._scalars.copy_(torch.tensor(rows, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
+            made = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=pinned)
+            self._scalars.copy_(made, non_blocking=True)
             self._rows = rows
         for number, group in enumerate(settings):
             lr = lr_on_device(group)

@@ -139,6 +139,16 @@ def test_a_gradient_that_stays_the_same_object_may_get_other_data(fused, missing
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_the_default_device_is_not_the_steps(fused):
+    """The tables and scalars that the host makes, under a default device on which nothing can be read."""
+    weight, other = matrix(), matrix()
+    with torch.device("meta"):
+        Merit([weight], fused=fused, **SETTINGS).step()
+    Merit([other], fused=fused, **SETTINGS).step()
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_lazily_negated_gradient_is_what_it_says(fused):
     plain, lazy = matrix(), matrix()
     plain.grad.neg_()
