@@ -24,13 +24,13 @@ def mark_parameters(
     step of an embedding or an output layer.
 
     Args:
-        model: whose `named_parameters` are meant.
+        model: whose `named_parameters` are meant; a tied weight goes by each of its names.
         no_weight_decay, no_trust_ratio, sign_update: shell patterns, for instance "*.bias" or "embedding.*".
 
     Raises:
         ValueError: a pattern matches no parameter; nothing has been marked.
     """
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has several
     marks = {"no_weight_decay": no_weight_decay, "no_trust_ratio": no_trust_ratio, "sign_update": sign_update}
     for mark, patterns in marks.items():
         for pattern in patterns:
