@@ -53,6 +53,12 @@ def bind(param_group: dict[str, Any], originals: Sequence[Tensor], *, shapes: Se
     trainable = [original for original in originals if original.requires_grad and original.numel()]
     if [tensor.shape for tensor in current] == [original.shape for original in trainable]:
         return [_single(clone, original, param_group) for clone, original in zip(current, trainable, strict=True)]
+    given = set(map(id, originals))
+    if any(id(tensor) in given for tensor in current):
+        raise UnsupportedError(
+            f"a group's list of parameters was changed after it was given to Merit, from {len(originals)} to "
+            f"{len(current)}: give further ones to add_param_group, and leave the list as it is"
+        )
     raise UnsupportedError(
         "Merit does not recognise the wrapper that replaced its parameters: it knows plain PyTorch, fully_shard, and "
         "DeepSpeed's zero_optimization.stage 0, 1, 2 and 3"
@@ -92,7 +98,10 @@ def _single(tensor: Tensor, original: Tensor, param_group: dict[str, Any]) -> Sh
         return Shard(tensor, ShardLayout.build([], bounds=[0, 0], rank=0), (), wrapper="none", idle=True)
     check_dtype(tensor, name="Merit")
     if not tensor.is_contiguous():
-        raise UnsupportedError(f"Merit needs contiguous parameters: make the one of {tuple(tensor.shape)} so")
+        raise UnsupportedError(
+            f"Merit needs contiguous parameters, and one of shape {tuple(tensor.shape)} is not: set p.data = "
+            "p.data.contiguous(), or after channels_last model.to(memory_format=torch.contiguous_format)"
+        )
     if is_distributed(tensor):
         return bind_distributed(tensor, original, param_group)
     matrices = logical_matrices(original, param_group)

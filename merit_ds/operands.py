@@ -54,7 +54,8 @@ class Gatherer:
             moments = [[None if tensor is None else local_part(tensor) for tensor in tensors] for tensors in moments]
         if not all(map(Tensor.is_contiguous, weights)):
             raise UnsupportedError(
-                "Merit needs contiguous parameters: one has been made otherwise since the first step"
+                "Merit needs contiguous parameters, and one has been made otherwise since the first step: set p.data = "
+                "p.data.contiguous(), or after channels_last model.to(memory_format=torch.contiguous_format)"
             )
         return Operands(weights, self._usable(grads), *moments)
 

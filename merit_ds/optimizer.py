@@ -30,7 +30,8 @@ class Merit(ShardedOptimizer):
     Arithmetic and state (`exp_avg`, `exp_avg_sq`, an int `step`) are float32 whatever the parameter's dtype.
 
     Args:
-        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting.
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting but
+            `norm` and `fused`.
         lr: learning rate, the largest change of a weight in a step when `clip` is 1.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to sqrt(v).

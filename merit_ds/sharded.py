@@ -2,7 +2,7 @@
 """What all optimizers of this package are: parameter groups, state and the step, exact under sharding."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -15,6 +15,7 @@ from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
 from merit_ds.loading import SavedStates, between_hooks, restore_moments, saved_states
 from merit_ds.ops.rule import Rule
+from merit_ds.origin import Origin, origin_of
 from merit_ds.registration import allow_under_zero
 from merit_ds.shard import MARKS, Shard, is_trained, layout_settings
 from merit_ds.step import HalfwayError, Stepper
@@ -32,21 +33,6 @@ from merit_ds.validation import (
 from merit_ds.work import Work
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """A group as it was given: wrappers later replace the tensors in the dict, a schedule the learning rate."""
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    shapes: list[torch.Size]
-    lr: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> "_Origin":
-        parameters = list(group["params"])
-        return cls(group, parameters, [parameter.shape for parameter in parameters], float(group["lr"]))
-
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer whose formula is a `Rule`, over whole parameters and over whatever shards hold of them.
 
@@ -55,8 +41,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Megatron-core's tensor parallelism and `fully_shard` are supported.
 
     Args:
-        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting. A
-            frozen parameter may be anything; what is to be trained later is looked at in its first step.
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. A frozen
+            parameter may be anything; what is trained later is looked at in its first step. Groups may override every
+            setting that is in `defaults`.
         defaults: the groups' settings; each is checked by `merit_ds.validation`.
         rule: the formula.
         fused: which kernel, as for `merit_ds.ops.select_kernel`.
@@ -82,9 +69,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: fused={fused!r}, but it must be True, False or None")
         self.fused = fused
         self.rule = rule
-        self.found_inf: Tensor | None = None
+        self.found_inf: Tensor | float | None = None
         self.inspect: Inspector | None = None
-        self._origins: list[_Origin] = []
+        self._origins: list[Origin] = []
         self._bound: dict[Tensor, Shard] = {}
         self._laid_out: dict[int, dict[str, Any]] = {}
         """Of each group, by its id, the `layout_settings` that its tensors were bound with."""
@@ -110,10 +97,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_settings(added, name=type(self).__name__)
             check_known(added, {"params", *self.defaults, *self.marks} - unmeasured, name=type(self).__name__)
             check_parameters(added["params"], added, name=type(self).__name__)
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
-        self._origins.append(_Origin.of(added))
+        self._origins.append(Origin.of(added))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -178,7 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: the state is not this optimizer's, has settings out of range, or belongs to parameters of
                 other shapes; nothing has been changed.
         """
-        origins: list[_Origin] = []
+        origins: list[Origin] = []
         saved: SavedStates = []
 
         def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
@@ -200,7 +187,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Raise ValueError where a saved group is not one of this optimizer's."""
         check_saved_group(group, self.defaults, name=type(self).__name__)
 
-    def _take_groups(self, origins: Sequence[_Origin]) -> None:
+    def _take_groups(self, origins: Sequence[Origin]) -> None:
         """Go on with groups that a state has brought: what was found out with those before may not hold of them."""
         for group in self.param_groups:
             for key in LATER_SETTINGS:
@@ -238,13 +225,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "inspect": None,
         }
 
-    def _origin(self, group: dict[str, Any]) -> _Origin:
-        for origin in self._origins:
-            if origin.group is group:
-                return origin
-        raise UnsupportedError(
-            f"{type(self).__name__}'s param_groups were replaced: change the groups in place, or use add_param_group"
-        )
+    def _origin(self, group: dict[str, Any]) -> Origin:
+        return origin_of(group, self._origins, name=type(self).__name__)
 
     def _bind(self, group: dict[str, Any]) -> None:
         """Find out what the group's tensors hold, if that is not known."""

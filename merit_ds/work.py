@@ -106,7 +106,7 @@ class Work:
         operands: Operands,
         param_groups: Sequence[dict[str, Any]],
         *,
-        noop: Tensor | None,
+        noop: Tensor | float | None,
         check_agreement: bool,
         inspect: Inspector | None = None,
     ) -> None:
@@ -125,7 +125,7 @@ class Work:
         settings = self._with_steps(param_groups) if self._rule.counts_steps else param_groups
         for members, stepper in self._steppers:
             own = operands if len(self._steppers) == 1 else operands.of(members)
-            flag = None if noop is None else noop.to(stepper.device, torch.float32)
+            flag = None if noop is None else torch.as_tensor(noop, dtype=torch.float32, device=stepper.device)
             stepper.step(own, settings, noop=flag, check_agreement=check_agreement, inspect=inspect)
 
     def count(self, grads: Sequence[Tensor | None], param_groups: Sequence[dict[str, Any]]) -> None:

@@ -297,6 +297,27 @@ def test_unsupported_parameters_are_refused():
         Merit([transposed], lr=0.1).step()
 
 
+def test_a_group_that_is_refused_by_whatever_error_is_not_kept():
+    optimizer = Merit([parameter(4, 5)], **SETTINGS)
+    with pytest.raises(RuntimeError, match="uninitialized"):
+        optimizer.add_param_group({"params": [torch.nn.parameter.UninitializedParameter()]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_list_of_parameters_that_was_changed_and_other_strides_say_what_to_do():
+    weight, late = parameter(4, 5), parameter(4, 5, seed=1)
+    optimizer = Merit([weight], **SETTINGS)
+    optimizer.param_groups[0]["params"].append(late)
+    with pytest.raises(UnsupportedError, match=r"list of parameters was changed .* from 1 to 2: .* add_param_group"):
+        train(optimizer, [weight, late])
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = Merit([{"params": [convolution.weight], "matrix_view": "flatten"}], **SETTINGS)
+    with pytest.raises(UnsupportedError, match=r"shape \(4, 3, 3, 3\) is not: set p.data = p.data.contiguous\(\)"):
+        train(optimizer, [convolution.weight], steps=[0])
+    convolution.to(memory_format=torch.contiguous_format)
+    train(optimizer, [convolution.weight], steps=[0])
+
+
 def test_registration_never_overwrites(monkeypatch):
     from merit_ds.registration import register
 

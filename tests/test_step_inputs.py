@@ -33,6 +33,19 @@ def test_found_inf_leaves_everything_as_it_was(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_found_inf_may_be_a_number(fused):
+    weight = matrix()
+    before = weight.detach().clone()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.found_inf = 1.0
+    optimizer.step()
+    assert torch.equal(weight, before)
+    optimizer.found_inf = 0
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_step_between_forward_and_backward_does_not_pass_unseen(fused):
     weight = matrix()
     loss = (weight * weight).sum()
