@@ -28,9 +28,10 @@ def orthogonalized(matrix: Tensor, *, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrix / (matrix.norm() + 1e-7)
     x = x.t() if x.shape[0] > x.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    with torch.autocast(matrix.device.type, enabled=False):  # a step may be taken within the loss's
+        for _ in range(steps):
+            gram = x @ x.t()
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
