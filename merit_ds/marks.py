@@ -19,16 +19,18 @@ def mark_parameters(
 ) -> None:
     """Exempt parameters from weight decay, or from the trust ratio (s = 1), by patterns of their names.
 
-    `sign_update` is for `MeritScion` alone: parameters that take the step of an embedding or an output layer.
+    `MeritLion`, `MeritSophiaG` and `MeritScion` have no trust ratio and pass `no_trust_ratio` over; the decay of
+    `MeritScion` is the shrinking of `constrained`. `sign_update` is for `MeritScion` alone: parameters that take the
+    step of an embedding or an output layer.
 
     Args:
-        model: whose `named_parameters` are meant.
+        model: whose `named_parameters` are meant; a tied weight goes by each of its names.
         no_weight_decay, no_trust_ratio, sign_update: shell patterns, for instance "*.bias" or "embedding.*".
 
     Raises:
         ValueError: a pattern matches no parameter; nothing has been marked.
     """
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has several
     marks = {"no_weight_decay": no_weight_decay, "no_trust_ratio": no_trust_ratio, "sign_update": sign_update}
     for mark, patterns in marks.items():
         for pattern in patterns:

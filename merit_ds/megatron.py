@@ -64,7 +64,7 @@ def replication_problem(parameters: Sequence[Tensor], group: dist.ProcessGroup) 
     Returns:
         What is wrong, the same on every rank; else None.
     """
-    marks = torch.tensor([_fingerprint(parameter) for parameter in parameters], dtype=torch.int64)
+    marks = torch.tensor([_fingerprint(parameter) for parameter in parameters], dtype=torch.int64, device="cpu")
     if parameters:
         marks = marks.to(parameters[0].device)
     both = torch.stack((marks, -marks))
@@ -84,7 +84,7 @@ def _fingerprint(parameter: Tensor) -> int:
     shape = hash(tuple(parameter.shape)) & 0xFFFF_FFFF
     if split_axis(parameter) is not None or parameter.numel() == 0:
         return shape
-    bits = parameter.detach().contiguous().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
+    bits = parameter.detach().contiguous().view(getattr(torch, f"int{8 * parameter.element_size()}"))
     return shape + int(bits.sum(dtype=torch.int64))
 
 

@@ -3,7 +3,7 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class Gatherer:
     """Makes the operands of each step; they share the memory of what they stand for.
 
     Looking at a tensor from Python costs about 0.1 us, as much for 300 weights as the kernel takes for small ones. So a
-    gradient that was there in the last step is not examined again, but no gradient is held.
+    gradient that was there in the last step is examined only for what another `.data` would change, and none is held.
 
     Args:
         shards: whose tensors are stepped.
@@ -33,6 +33,8 @@ class Gatherer:
         self._sizes = [local_part(weight).numel() for weight in self._weights]
         self._distributed = any(map(is_distributed, self._weights))
         self._seen: list[Callable[[], Tensor | None]] = []
+        self._present: list[int] = []
+        self._present_sizes: list[int] = []
 
     def __call__(self, grads: Sequence[Tensor | None], states: Sequence[dict[str, Any] | None]) -> Operands:
         """The operands of this step.
@@ -52,16 +54,21 @@ class Gatherer:
             moments = [[None if tensor is None else local_part(tensor) for tensor in tensors] for tensors in moments]
         if not all(map(Tensor.is_contiguous, weights)):
             raise UnsupportedError(
-                "Merit needs contiguous parameters: one has been made otherwise since the first step"
+                "Merit needs contiguous parameters, and one has been made otherwise since the first step: set p.data = "
+                "p.data.contiguous(), or after channels_last model.to(memory_format=torch.contiguous_format)"
             )
         return Operands(weights, self._usable(grads), *moments)
 
     def _usable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if self._seen and all(seen() is grad for seen, grad in zip(self._seen, grads, strict=True)):
-            return grads
+        if self._seen and all(map(is_, map(call, self._seen), grads)):
+            present: Any = grads if len(self._present) == len(grads) else [grads[number] for number in self._present]
+            if all(map(Tensor.is_contiguous, present)) and list(map(Tensor.numel, present)) == self._present_sizes:
+                return grads
         usable = [_usable(*each) for each in zip(grads, self._shards, self._sizes, strict=True)]
         as_they_are = all(map(is_, usable, grads))
         self._seen = [_nothing if grad is None else weakref.ref(grad) for grad in grads] if as_they_are else []
+        self._present = [number for number, grad in enumerate(grads) if grad is not None]
+        self._present_sizes = [self._sizes[number] for number in self._present]
         return usable
 
 

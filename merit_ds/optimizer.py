@@ -30,7 +30,8 @@ class Merit(ShardedOptimizer):
     Arithmetic and state (`exp_avg`, `exp_avg_sq`, an int `step`) are float32 whatever the parameter's dtype.
 
     Args:
-        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting.
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting but
+            `norm` and `fused`.
         lr: learning rate, the largest change of a weight in a step when `clip` is 1.
         betas: decay of the first and the second moment, each in [0, 1).
         eps: added to sqrt(v).
@@ -121,11 +122,9 @@ class MeritW(Merit):
         _refuse_elementwise(param_group)
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of `Merit`. Raises: ValueError: also for a state of Merit's with its element-wise ratios."""
-        for group in state_dict["param_groups"]:
-            _refuse_elementwise({"elementwise": True} | group)
-        super().load_state_dict(state_dict)
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        _refuse_elementwise({"elementwise": True} | group)  # an earlier version's may lack it, and was Merit's
+        super()._check_saved_group(group)
 
 
 def _refuse_elementwise(group: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ class Shard:
         tensor_group: the tensor-parallel ranks to exchange maxima with; None where no weight is split.
         problem: why this rank must refuse, else None. Found on one rank only, it is told to the others in
             the exchange, so that none is left waiting.
+        idle: it is of a frozen parameter, which may be of any dtype and shape: no matrices are made of it until it is
+            trained.
     """
 
     tensor: Tensor
@@ -42,6 +44,12 @@ class Shard:
     group: dist.ProcessGroup | None = None
     tensor_group: dist.ProcessGroup | None = None
     problem: str | None = None
+    idle: bool = False
+
+
+def is_trained(parameter: Tensor) -> bool:
+    """Whether a step is to look at it: it is not frozen, or has a gradient all the same."""
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def own_parts(shard: Shard, values: Mapping[int, Tensor]) -> Iterator[tuple[slice, Tensor]]:
@@ -105,7 +113,7 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
 
 
 def layout_settings(param_group: dict[str, Any]) -> dict[str, Any]:
-    """What a group says to `logical_matrices`; a change of it afterwards would be passed over."""
+    """What a group says to `logical_matrices`, and of the norm; a change of it afterwards would be passed over."""
     view = param_group.get("matrix_view")
     return {
         "matrix_view": tuple(view) if isinstance(view, list) else view,
@@ -113,6 +121,7 @@ def layout_settings(param_group: dict[str, Any]) -> dict[str, Any]:
         "no_trust_ratio": bool(param_group.get("no_trust_ratio")),
         "elementwise": param_group.get("elementwise", True),
         "whole_bound": param_group.get("whole_bound", True),
+        "norm": param_group.get("norm"),
     }
 
 

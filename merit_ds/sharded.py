@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all optimizers of this package are: parameter groups, state and the step, exact under sharding."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, overload
 
@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from merit_ds.binding import bind, stepped_tensors
+from merit_ds.binding import bind, is_dry_run, stepped_tensors
 from merit_ds.errors import UnsupportedError
 from merit_ds.inspection import Inspector
+from merit_ds.loading import SavedStates, between_hooks, restore_moments, saved_states
 from merit_ds.ops.rule import Rule
+from merit_ds.origin import Origin, origin_of
 from merit_ds.registration import allow_under_zero
-from merit_ds.shard import MARKS, Shard, layout_settings
-from merit_ds.step import Stepper
+from merit_ds.shard import MARKS, Shard, is_trained, layout_settings
+from merit_ds.step import HalfwayError, Stepper
 from merit_ds.summary import log_summary
 from merit_ds.validation import (
     LATER_SETTINGS,
+    check_for_all,
     check_known,
     check_laid_out,
     check_parameters,
@@ -30,21 +33,6 @@ from merit_ds.validation import (
 from merit_ds.work import Work
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """A group as it was given: wrappers later replace the tensors in the dict, a schedule the learning rate."""
-
-    group: dict[str, Any]
-    parameters: list[Tensor]
-    shapes: list[torch.Size]
-    lr: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> "_Origin":
-        parameters = list(group["params"])
-        return cls(group, parameters, [parameter.shape for parameter in parameters], float(group["lr"]))
-
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer whose formula is a `Rule`, over whole parameters and over whatever shards hold of them.
 
@@ -53,7 +41,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Megatron-core's tensor parallelism and `fully_shard` are supported.
 
     Args:
-        params: parameters or groups, float32, bfloat16 or float16, contiguous. Groups may override every setting.
+        params: parameters or groups, float32, bfloat16 or float16, contiguous. A frozen
+            parameter may be anything; what is trained later is looked at in its first step. Groups may override every
+            setting that is in `defaults`.
         defaults: the groups' settings; each is checked by `merit_ds.validation`.
         rule: the formula.
         fused: which kernel, as for `merit_ds.ops.select_kernel`.
@@ -66,8 +56,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             of `step` and device; set it on all ranks. It stays until it is set to None.
 
     Raises:
-        ValueError: a setting out of its range, a group's that is another optimizer's, or a parameter whose dtype or
-            shape has no defined step.
+        ValueError: a setting out of its range, a group's that is another optimizer's or misspelt, or a parameter whose
+            dtype or shape has no defined step.
     """
 
     stepper: ClassVar[type[Stepper]] = Stepper
@@ -79,9 +69,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{type(self).__name__}: fused={fused!r}, but it must be True, False or None")
         self.fused = fused
         self.rule = rule
-        self.found_inf: Tensor | None = None
+        self.found_inf: Tensor | float | None = None
         self.inspect: Inspector | None = None
-        self._origins: list[_Origin] = []
+        self._origins: list[Origin] = []
         self._bound: dict[Tensor, Shard] = {}
         self._laid_out: dict[int, dict[str, Any]] = {}
         """Of each group, by its id, the `layout_settings` that its tensors were bound with."""
@@ -90,6 +80,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._refusal: str | None = None
         if isinstance(defaults.get("betas"), list):
             defaults["betas"] = tuple(defaults["betas"])
+        if rule.norm is not None:
+            defaults["norm"] = rule.norm.name  # a saved state says by it what it is of
         defaults["step"] = 0  # DeepSpeed's elastic checkpoints look for it in the group
         check_settings(defaults, name=type(self).__name__)
         super().__init__(params, defaults)
@@ -99,14 +91,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Add a group; its settings and shapes are checked now rather than in the first step."""
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        unmeasured = set() if self.rule.norm else {"no_trust_ratio"}
         try:
+            check_for_all(added, self.defaults, name=type(self).__name__)
             check_settings(added, name=type(self).__name__)
-            check_known(added, {*self.defaults, *self.marks}, name=type(self).__name__)
-            check_parameters(added, name=type(self).__name__)
-        except ValueError:
+            check_known(added, {"params", *self.defaults, *self.marks} - unmeasured, name=type(self).__name__)
+            check_parameters(added["params"], added, name=type(self).__name__)
+        except Exception:
             self.param_groups.pop()
             raise
-        self._origins.append(_Origin.of(added))
+        self._origins.append(Origin.of(added))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -123,9 +117,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises:
             UnsupportedError: in the first step, when the wrapper around the optimizer is not one under which the
-                result is exact. No weight has been changed then; the moments of cut weights may have been, so every
+                result is exact. No weight has been changed then; where the moments of cut weights may have been, every
                 further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
-                than before how its weights are laid out (`merit_ds.shard.layout_settings`).
+                than before how its weights are laid out (`merit_ds.shard.layout_settings`), or settings change during
+                the capture of a CUDA graph.
+            ValueError: a parameter that was frozen before is trained, and has no defined step. Nothing was changed.
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact
             raise UnsupportedError(self._refusal)
@@ -149,7 +145,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 check_agreement=not work.agreed,
                 inspect=self.inspect,
             )
-        except UnsupportedError as refusal:
+        except HalfwayError as refusal:
             self._refusal = str(refusal)
             raise
         if not work.agreed:
@@ -157,29 +153,42 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._agreed.update(work.tensors)
         # What was left out must not count where the scalars depend on the count; asking makes the host wait.
         if not (self.rule.counts_steps and self.found_inf is not None and bool(self.found_inf)):
-            self._count(grads, states)
+            work.count(grads, self.param_groups)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state, the moments as float32 (torch would cast them to the parameter's dtype).
 
+        What counts is the state as the registered pre-hooks leave it; the post-hooks see it restored.
+
         Raises:
             ValueError: the state is not this optimizer's, has settings out of range, or belongs to parameters of
                 other shapes; nothing has been changed.
         """
-        identifiers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        pairs = [
-            (tensor, state_dict["state"][identifier])
-            for identifier, tensor in zip(identifiers, tensors, strict=False)
-            if state_dict["state"].get(identifier)
-        ]
-        for group in state_dict["param_groups"]:
-            check_saved_group(group, self.defaults, name=type(self).__name__)
-        for tensor, state in pairs:
-            check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
-        origins = [self._origin(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        origins: list[Origin] = []
+        saved: SavedStates = []
+
+        def check(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> None:
+            saved.extend(saved_states(self.param_groups, adapted))
+            for group in adapted["param_groups"]:
+                self._check_saved_group(group)
+            for tensor, state in saved:
+                check_state(tensor, state, moments=self.rule.moments, name=type(self).__name__)
+            origins.extend(self._origin(group) for group in self.param_groups)
+
+        def restore(_: torch.optim.Optimizer) -> None:
+            self._take_groups(origins)
+            restore_moments(self.state, saved, moments=self.rule.moments)
+
+        with between_hooks(self, check=check, restore=restore):
+            super().load_state_dict(state_dict)
+
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a saved group is not one of this optimizer's."""
+        check_saved_group(group, self.defaults, name=type(self).__name__)
+
+    def _take_groups(self, origins: Sequence[Origin]) -> None:
+        """Go on with groups that a state has brought: what was found out with those before may not hold of them."""
         for group in self.param_groups:
             for key in LATER_SETTINGS:
                 if key in self.defaults:
@@ -190,9 +199,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._agreed.clear()
         self._works.clear()
         self._refusal = None
-        for tensor, state in pairs:
-            for name in self.rule.moments:
-                self.state[tensor][name] = state[name].to(tensor.device, torch.float32, copy=True).contiguous()
 
     def _check_laid_out(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -219,19 +225,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "inspect": None,
         }
 
-    def _origin(self, group: dict[str, Any]) -> _Origin:
-        for origin in self._origins:
-            if origin.group is group:
-                return origin
-        raise UnsupportedError(
-            f"{type(self).__name__}'s param_groups were replaced: change the groups in place, or use add_param_group"
-        )
+    def _origin(self, group: dict[str, Any]) -> Origin:
+        return origin_of(group, self._origins, name=type(self).__name__)
 
     def _bind(self, group: dict[str, Any]) -> None:
         """Find out what the group's tensors hold, if that is not known."""
-        if all(tensor in self._bound for tensor in group["params"]):
+        if all(map(self._is_laid_out, group["params"])):
             return
         origin = self._origin(group)
+        check_for_all(
+            group, self.defaults, name=type(self).__name__
+        )  # a universal checkpoint is loaded into the groups
         settings = self.settings_for_layout(group)
         shards = bind(settings, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})
@@ -248,6 +252,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 fused=self.fused,
             )
 
+    def _is_laid_out(self, tensor: Tensor) -> bool:
+        shard = self._bound.get(tensor)
+        return shard is not None and not (shard.idle and is_trained(tensor))
+
     def settings_for_layout(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group, with what the rule says of norms where the group does not: which of them a layout must have."""
         unmeasured = {"no_trust_ratio": True} if self.rule.norm is None else {}
@@ -261,12 +269,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
         sizes = [len(group["params"]) for group in self.param_groups]
         identity = (*map(id, tensors), *sizes, *(tensor.device for tensor in tensors[:1]))
-        if identity in self._works:
-            return self._works[identity]
+        known = self._works.get(identity)
+        if known is not None and not any(map(is_trained, known.idle)):
+            return known
         for group in self.param_groups:
             self._bind(group)
         shards = [self._bound[tensor] for tensor in tensors]
-        if self._is_deepspeed_dry_run(shards):
+        if is_dry_run(shards, self.state):
             for tensor in tensors:
                 self._moments(tensor)
             return None
@@ -276,19 +285,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._works[identity] = work
         return work
 
-    def _is_deepspeed_dry_run(self, shards: list[Shard]) -> bool:
-        """FP16_UnfusedOptimizer's constructor calls `step` on zero gradients to create state.
-
-        For Adam that is nearly harmless; a trust ratio turns the bare decay term into a full step.
-        """
-        return all(
-            shard.wrapper == "FP16_UnfusedOptimizer"
-            and shard.tensor not in self.state
-            and shard.tensor.grad is not None
-            and not shard.tensor.grad.any()
-            for shard in shards
-        )
-
     def _moments(self, tensor: Tensor) -> dict[str, Any]:
         """A tensor's state, made if it has none."""
         state: dict[str, Any] = self.state[tensor]
@@ -297,15 +293,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name in self.rule.moments:
                 state[name] = torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
         return state
-
-    def _count(self, grads: list[Tensor | None], states: list[dict[str, Any] | None]) -> None:
-        begin = 0
-        for group in self.param_groups:
-            end = begin + len(group["params"])
-            for state, grad in zip(states[begin:end], grads[begin:end], strict=True):
-                if state is not None and grad is not None:
-                    state["step"] += 1
-                    # Not one more with each call: ZeRO-3 steps a group's tensors in several.
-                    if state["step"] > group["step"]:
-                        group["step"] = state["step"]
-            begin = end

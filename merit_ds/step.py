@@ -30,6 +30,10 @@ from merit_ds.phases import Plan, Region
 from merit_ds.shard import Shard
 
 
+class HalfwayError(UnsupportedError):
+    """A refusal after which moments may have changed: another try would not be exact."""
+
+
 class Stepper:
     """Steps some shards on one device, again and again: a plan, with its tables and its buffer of maxima there.
 
@@ -54,7 +58,7 @@ class Stepper:
         self._unbounded = torch.tensor(plan.unbounded, dtype=torch.int64, device=device)
         self._carried = torch.tensor(plan.carried, dtype=torch.int64, device=device).reshape(-1, 2)
         self._rows: list[Any] = []
-        self._scalars = torch.zeros(0)
+        self._scalars = torch.zeros(0, device=device)
         self._prepare = kernel.preparer([local_part(shard.tensor).numel() for shard in shards], device)
 
     def step(
@@ -77,7 +81,8 @@ class Stepper:
                 the same, but it takes the slower way of two separate passes.
 
         Raises:
-            UnsupportedError: on all ranks, before a weight is changed, if one of them found a problem in its shard.
+            HalfwayError: on all ranks, before a weight is changed, if one of them found a problem in its shard.
+            UnsupportedError: settings have changed while a CUDA graph is captured; nothing is.
         """
         self._set_scalars(settings)
         kernel, cut, split = self._kernel, self._cut, self._split
@@ -99,7 +104,8 @@ class Stepper:
         if check_agreement:
             _wait(data)
             _wait(tensor)
-            self._refuse_problems()
+            if problem := self._problem():
+                raise HalfwayError(problem)
         run(kernel.step if inspect is None else kernel.accumulate, self._alone)
         _wait(data)
         if tensor:
@@ -123,7 +129,8 @@ class Stepper:
         exchanges = [*self._exchanges(self.plan.data), *self._exchanges(self.plan.tensor)]
         _start(exchanges)
         _wait(exchanges)
-        self._refuse_problems()
+        if problem := self._problem():
+            raise UnsupportedError(problem)
 
     def clear(self) -> None:
         """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever finite numbers come in."""
@@ -147,7 +154,8 @@ class Stepper:
             if self._scalars.shape[0] != len(rows):
                 self._scalars = torch.empty(len(rows), len(fields), dtype=torch.float32, device=self.device)
             pinned = self.device.type == "cuda"  # else the copy would wait for all work before it
-            self._scalars.copy_(torch.tensor(rows, dtype=torch.float32, pin_memory=pinned), non_blocking=True)
+            made = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=pinned)
+            self._scalars.copy_(made, non_blocking=True)
             self._rows = rows
         for number, group in enumerate(settings):
             lr = lr_on_device(group)
@@ -171,12 +179,14 @@ class Stepper:
         for slot, number in self.plan.problems:
             self.maxima[slot] = float(self.shards[number].problem is not None)
 
-    def _refuse_problems(self) -> None:
+    def _problem(self) -> str | None:
+        """Why one of the ranks refuses its layout, as they have told each other."""
         problems = [shard.problem for shard in self.shards if shard.problem is not None]
         if problems:
-            raise UnsupportedError(problems[0])
+            return problems[0]
         if any(bool(self.maxima[slot, 0] != 0) for slot, _ in self.plan.problems):
-            raise UnsupportedError("another rank refuses its partition of the weights: see its message")
+            return "another rank refuses its partition of the weights: see its message"
+        return None
 
 
 def _run(prepared: Any, arguments: dict[str, Any], operation: Callable[..., None], tiles: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from merit_ds.ops.rule import Rule
 from merit_ds.shard import Shard
 
 _OWN_WORDS = ("lr", "initial_lr", "weight_decay", "decay_vectors", "params", "param_names", "step")
-_USUAL = {"elementwise": True, "whole_bound": True, "eps_inside_sqrt": False}
+_USUAL = {"elementwise": True, "whole_bound": True, "eps_inside_sqrt": False, "norm": "max"}
 """What of a group is said in other words, and what is said only where it is otherwise."""
 
 

@@ -2,7 +2,8 @@
 """What the optimizers accept: settings, parameters, and saved states."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from merit_ds.errors import UnsupportedError
 from merit_ds.fsdp import same_sharding
 from merit_ds.ops.table import DTYPES
-from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, logical_matrices
+from merit_ds.shard import MATRIX_VIEWS, is_matrix_view, is_trained, logical_matrices
 
 
 def _is_number(value: Any) -> bool:
@@ -66,15 +67,21 @@ _KINDS = (
 )
 
 
+def check_for_all(group: dict[str, Any], defaults: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError where a group has something of its own that is one for all groups."""
+    for key in ("norm", "fused"):
+        if key in group and group[key] != defaults.get(key):
+            raise ValueError(
+                f"{name}: a group has {key}={group[key]!r}, but {key} is one for all groups: give it to the optimizer"
+            )
+
+
 def check_settings(group: dict[str, Any], *, name: str) -> None:
     """Raise ValueError for a group's setting out of its range; names it, the value and what is allowed.
 
     Args:
         name: the optimizer's; each has some of the settings.
     """
-    for key in ("norm", "fused"):
-        if key in group:
-            raise ValueError(f"{name}: {key} is one for all groups: give it to the optimizer, not to a group")
     if group.get("elementwise") is False and group.get("whole_bound") is False:
         raise ValueError(f"{name}: elementwise and whole_bound are both False, and then no ratio is left")
     for kind in _KINDS:
@@ -93,15 +100,33 @@ def _asks(key: str, value: Any) -> bool:
     return not value if key == "whole_bound" else bool(value)
 
 
+_OTHERS = ("maximize", "amsgrad", "nesterov", "dampening")
+"""Settings of torch's optimizers by which a step would be another one; none of ours has them."""
+
+
 def check_known(group: dict[str, Any], known: Collection[str], *, name: str) -> None:
-    """Raise ValueError for a group's setting that the optimizer would pass over, being another's.
+    """Raise ValueError for a group's setting that the optimizer would pass over: another's, or one misspelt.
 
     Args:
-        known: the optimizer's own settings and marks. Others may be there if they ask for nothing.
+        known: the optimizer's own settings and marks. Others may be there if they ask for nothing, and so may what
+            schedulers and wrappers note in a group.
     """
-    for key in (key for kind in _KINDS for key in kind.settings):
-        if key in group and key not in known and _asks(key, group[key]):
-            raise ValueError(f"{name}: a group has {key}={group[key]!r}, and {name} has no {key}: leave it out")
+    settings = {*_OTHERS, *(key for kind in _KINDS for key in kind.settings)}
+    for key, value in group.items():
+        if key in known:
+            continue
+        if key in settings:
+            if _asks(key, value):
+                raise ValueError(f"{name}: a group has {key}={value!r}, and {name} has no {key}: leave it out")
+        elif meant := _misspelt(key, settings):
+            raise ValueError(f"{name}: a group has {key}={value!r}, which {name} does not know; did you mean {meant}?")
+
+
+def _misspelt(key: str, settings: Collection[str]) -> str | None:
+    """The setting for which a key is a slip; one that is whole within it, as in "max_weight_decay", is another's."""
+    if any(f"_{setting}_" in f"_{key}_" for setting in settings):
+        return None
+    return next(iter(get_close_matches(key, sorted(settings), n=1, cutoff=0.85)), None)
 
 
 def check_laid_out(before: dict[str, Any], now: dict[str, Any], *, name: str, number: int) -> None:
@@ -119,7 +144,7 @@ def check_laid_out(before: dict[str, Any], now: dict[str, Any], *, name: str, nu
             )
 
 
-LATER_SETTINGS = ("elementwise", "whole_bound")
+LATER_SETTINGS = ("elementwise", "whole_bound", "norm")
 """Settings that states saved by earlier versions lack: they were taken with the defaults."""
 _TORCHS = "differentiable"
 """torch adds it to the defaults of an optimizer that has loaded a state, or was unpickled; it is in no group."""
@@ -130,15 +155,29 @@ def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: 
     missing = sorted(defaults.keys() - group.keys() - {*LATER_SETTINGS, _TORCHS})
     if missing:
         raise ValueError(f"this is not {name}'s optimizer state: its groups have no {missing[0]}")
+    own = defaults.get("norm")
+    if group.get("norm", own) != own:
+        raise ValueError(
+            f"this is not {name}'s optimizer state: it was saved with norm={group['norm']!r}, and norm is {own!r} here"
+        )
     check_settings(group, name=name)
 
 
-def check_parameters(group: dict[str, Any], *, name: str) -> None:
-    """Raise ValueError for a parameter whose dtype or shape has no defined step."""
-    for parameter in group["params"]:
-        if parameter.dtype not in DTYPES:
-            raise ValueError(f"{name}: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
+def check_parameters(parameters: Iterable[Tensor], group: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError for a parameter whose dtype or shape has no defined step; a frozen one needs none.
+
+    Args:
+        group: theirs.
+    """
+    for parameter in filter(is_trained, parameters):
+        check_dtype(parameter, name=name)
         logical_matrices(parameter, group)
+
+
+def check_dtype(parameter: Tensor, *, name: str) -> None:
+    """Raise ValueError for a parameter whose dtype has no defined step."""
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name}: a parameter is {parameter.dtype}, but it must be float32, bfloat16 or float16")
 
 
 def check_state(tensor: Tensor, state: dict[str, Any], *, moments: Sequence[str], name: str) -> None:
@@ -147,9 +186,10 @@ def check_state(tensor: Tensor, state: dict[str, Any], *, moments: Sequence[str]
     others = sorted(tensors - set(moments))
     if others:
         raise ValueError(f"this is not {name}'s optimizer state: it has {others[0]}, which {name} does not")
+    for key in ("step", *moments):
+        if key not in state:
+            raise ValueError(f"this is not {name}'s optimizer state: it has {sorted(state)} and no {key}")
     for moment in moments:
-        if moment not in state:
-            raise ValueError(f"this is not {name}'s optimizer state: it has {sorted(state)} and no {moment}")
         if state[moment].shape != tensor.shape:
             raise ValueError(
                 f"{moment} has shape {tuple(state[moment].shape)} and its parameter {tuple(tensor.shape)}: the state "

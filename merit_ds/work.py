@@ -37,6 +37,8 @@ class Work:
         stepper: what takes the rule's steps.
 
     Attributes:
+        tensors: those that are stepped.
+        idle: those of frozen parameters, which are not.
         agreed: whether the ranks have found that none of them refuses its shards.
 
     Raises:
@@ -52,6 +54,9 @@ class Work:
         fused: bool | None,
         stepper: type[Stepper] = Stepper,
     ) -> None:
+        self.idle = [shard.tensor for shard in shards if shard.idle]
+        groups = [group for shard, group in zip(shards, groups, strict=True) if not shard.idle]
+        shards = [shard for shard in shards if not shard.idle]
         self.tensors = [shard.tensor for shard in shards]
         self.gather = Gatherer(shards, moments=rule.moments)
         self._rule = rule
@@ -88,7 +93,7 @@ class Work:
             create: returns a tensor's state, a new one where it has none.
         """
         known = _same(list(state.values()), self._all_states)
-        if not known or (None in self._states and any(map(_lacks_state, self._states, grads))):
+        if not known or (not all(self._states) and any(map(_lacks_state, self._states, grads))):
             self._states = [
                 create(tensor) if grad is not None or tensor in state else None
                 for tensor, grad in zip(self.tensors, grads, strict=True)
@@ -101,7 +106,7 @@ class Work:
         operands: Operands,
         param_groups: Sequence[dict[str, Any]],
         *,
-        noop: Tensor | None,
+        noop: Tensor | float | None,
         check_agreement: bool,
         inspect: Inspector | None = None,
     ) -> None:
@@ -113,12 +118,24 @@ class Work:
             noop: one number, on any device; if it is not 0, nothing is changed.
             check_agreement: whether this step has to find out if a rank refuses its shard.
             inspect: see `Stepper.step`.
+
+        Raises:
+            UnsupportedError: see `Stepper.step`.
         """
         settings = self._with_steps(param_groups) if self._rule.counts_steps else param_groups
         for members, stepper in self._steppers:
             own = operands if len(self._steppers) == 1 else operands.of(members)
-            flag = None if noop is None else noop.to(stepper.device, torch.float32)
+            flag = None if noop is None else torch.as_tensor(noop, dtype=torch.float32, device=stepper.device)
             stepper.step(own, settings, noop=flag, check_agreement=check_agreement, inspect=inspect)
+
+    def count(self, grads: Sequence[Tensor | None], param_groups: Sequence[dict[str, Any]]) -> None:
+        """Count a step in the states of all tensors that have a gradient, and in their groups."""
+        for number, state, grad in zip(self._groups, self._states, grads, strict=True):
+            if state is not None and grad is not None:
+                state["step"] = step = state["step"] + 1
+                # Not one more with each call: ZeRO-3 steps a group's tensors in several.
+                if step > param_groups[number]["step"]:
+                    param_groups[number]["step"] = step
 
     def _with_steps(self, param_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """For each tensor its group's settings, and how often it was stepped."""
@@ -129,7 +146,7 @@ class Work:
 
 
 def _lacks_state(state: State | None, grad: Tensor | None) -> bool:
-    return state is None and grad is not None
+    return not state and grad is not None
 
 
 def _is_shared(shard: Shard) -> bool:

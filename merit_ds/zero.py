@@ -77,8 +77,8 @@ def _flat_buffer(members: Sequence[Tensor], size: int) -> Tensor:
     )
     if not shared or storage.nbytes() != size * members[0].element_size():
         raise UnsupportedError(
-            "Merit cannot find the model's parameters in one flat buffer of ZeRO's: it supports "
-            "zero_optimization.stage 0, 1 and 2; if the model's storage was moved after deepspeed.initialize, do not"
+            "Merit cannot find the model's parameters in one flat buffer, as zero_optimization.stage 1 and 2 make it: "
+            "do not move the model's storage after deepspeed.initialize"
         )
     flat = torch.empty(0, dtype=members[0].dtype, device=members[0].device)
     flat.set_(storage, 0, (size,), (1,))

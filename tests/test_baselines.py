@@ -131,6 +131,15 @@ def test_newton_schulz_keeps_singular_vectors_and_levels_singular_values(shape):
     assert core.diag().min() > 0.3 and core.diag().max() < 1.3
 
 
+def test_scion_takes_the_same_step_within_autocast():
+    weights = [torch.nn.Parameter(torch.ones(8, 5)) for _ in range(2)]
+    for weight, enabled in zip(weights, (False, True), strict=True):
+        weight.grad = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            MeritScion([weight], 0.01).step()
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("constrained", [True, False])
 def test_scion_is_that_of_pytorch_optimizer(constrained):
     """Its Newton-Schulz runs in bfloat16, ours in float32."""

@@ -2,13 +2,14 @@
 """The baselines as optimizers: saved states, settings, steps that are left out, a look into a step."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from baseline_cases import BASELINES, STEPS, gradients, model, train
 
 import merit_ds
-from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritScion, MeritSophiaG, MeritW
+from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritMaxLAMB, MeritScion, MeritSophiaG, MeritW
 from merit_ds.errors import UnsupportedError
 
 
@@ -145,6 +146,15 @@ def test_groups_that_would_be_taken_otherwise_than_meant_are_refused(group, mess
         (MeritLAMB, {"elementwise": True}, "elementwise=True, and MeritLAMB has no elementwise"),
         (MeritLAMB, {"whole_bound": False}, "whole_bound=False, and MeritLAMB has no whole_bound"),
         (Merit, {"sign_update": True}, "sign_update=True, and Merit has no sign_update"),
+        (MeritScion, {"no_trust_ratio": True}, "no_trust_ratio=True, and MeritScion has no no_trust_ratio"),
+        (MeritLion, {"no_trust_ratio": True}, "no_trust_ratio=True, and MeritLion has no no_trust_ratio"),
+        (Merit, {"maximize": True}, "maximize=True, and Merit has no maximize"),
+        (Merit, {"amsgrad": True}, "amsgrad=True, and Merit has no amsgrad"),
+        (MeritLARS, {"nesterov": True}, "nesterov=True, and MeritLARS has no nesterov"),
+        (MeritLARS, {"dampening": 0.1}, "dampening=0.1, and MeritLARS has no dampening"),
+        (Merit, {"weight_deacy": 0.0}, "weight_deacy=0.0, which Merit does not know; did you mean weight_decay"),
+        (Merit, {"no_weigth_decay": True}, "did you mean no_weight_decay"),
+        (Merit, {"matrix_veiw": "stack"}, "did you mean matrix_view"),
         (MeritSophiaG, {"hessian_interval": 5}, "hessian_interval is one for all groups"),
     ],
 )
@@ -153,12 +163,24 @@ def test_a_groups_setting_that_would_be_passed_over_is_refused(kind, group, mess
         kind([{"params": model(), **group}], 0.01)
 
 
+NOTED_BY_OTHERS = (
+    *("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_mult", "lr_scale", "decoupled_lr", "is_decoupled_lr"),
+    *("max_momentum", "base_momentum", "wd_mult", "pre_wd_mult", "start_wd", "end_wd", "decoupled_weight_decay"),
+    *("max_weight_decay", "end_weight_decay", "initial_weight_decay", "weight_decay_mult", "beta1", "beta2", "steps"),
+    *("name", "names", "layer_name", "group_name", "moe", "is_expert_parallel", "default_config", "use_muon"),
+)
+"""What schedulers, wrappers and training codes write into groups."""
+
+
 @pytest.mark.parametrize(
     ("kind", "group"),
     [
         (MeritScion, {"weight_decay": 0.0, "sign_update": True}),  # the decay as Hugging Face writes it in any group
         (MeritLion, {"clip": None, "initial_lr": 0.01}),
         (MeritLAMB, {"elementwise": False, "whole_bound": True, "no_weight_decay": True}),
+        (MeritScion, {"no_trust_ratio": False}),
+        (Merit, {"maximize": False, "foreach": None, "capturable": True, "differentiable": False}),
+        (Merit, dict.fromkeys(NOTED_BY_OTHERS, 0.5)),
     ],
 )
 def test_a_groups_setting_that_asks_for_nothing_may_be_there(kind, group):
@@ -166,6 +188,49 @@ def test_a_groups_setting_that_asks_for_nothing_may_be_there(kind, group):
     before = [weight.detach().clone() for weight in weights]
     train(kind([{"params": weights, "note": "anybody's", **group}], 0.01), weights, steps=range(1))
     assert not any(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader", "norms"),
+    [
+        (functools.partial(Merit, norm="l2"), Merit, "norm='l2', and norm is 'max'"),
+        (Merit, functools.partial(Merit, norm="l2"), "norm='max', and norm is 'l2'"),
+        (MeritLAMB, MeritMaxLAMB, "norm='l2', and norm is 'max'"),
+        (MeritMaxLAMB, MeritLAMB, "norm='max', and norm is 'l2'"),
+    ],
+)
+def test_a_state_of_another_norm_is_refused_and_one_that_does_not_say_is_taken(saver, loader, norms):
+    weights = model()
+    saved = saver(weights, 0.01)
+    train(saved, weights, steps=[0])
+    state, optimizer = copy.deepcopy(saved.state_dict()), loader(weights, 0.01)
+    own = optimizer.param_groups[0]["norm"]
+    with pytest.raises(ValueError, match=norms):
+        optimizer.load_state_dict(state)
+    del state["param_groups"][0]["norm"]  # as of an earlier version
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["norm"] == own
+    train(optimizer, weights, steps=[1])
+    optimizer.param_groups[0]["norm"] = "another"  # as DeepSpeed loads a universal checkpoint
+    with pytest.raises(UnsupportedError, match=f"norm of group 0 was changed from '{own}'"):
+        optimizer.step()
+    fresh = loader(weights, 0.01)
+    fresh.param_groups[0]["norm"] = "another"
+    with pytest.raises(ValueError, match="norm is one for all groups"):
+        fresh.step()
+
+
+@pytest.mark.parametrize("marked", ["group", "parameter"])
+def test_scion_does_not_shrink_what_has_no_decay(marked):
+    weight, other = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
+    weight.no_trust_ratio = True  # it has none
+    if marked == "parameter":
+        weight.no_weight_decay = True
+    group = {"no_weight_decay": True} if marked == "group" else {}
+    optimizer = MeritScion([{"params": [weight], **group}, {"params": [other]}], 0.1)
+    weight.grad, other.grad = torch.zeros(3, 3), torch.zeros(3, 3)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3, 3)) and torch.equal(other, torch.full((3, 3), 1.0 - 0.1))
 
 
 @pytest.mark.parametrize(("key", "value"), [("elementwise", False), ("whole_bound", False), ("no_weight_decay", True)])

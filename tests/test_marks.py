@@ -50,6 +50,13 @@ def test_a_pattern_without_a_match_is_refused():
         split_qkv(model)
 
 
+def test_a_tied_weight_goes_by_each_of_its_names():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    mark_parameters(model, no_trust_ratio=["1.*"])
+    assert model[0].weight.no_trust_ratio is True
+
+
 def _grouped_queries(rank):
     """Megatron-core's own split of its fused output tells which rows are whose."""
     initialise_megatron(seed=1, device=torch.device("cpu"))

@@ -149,6 +149,30 @@ def test_foreign_state_is_refused_and_nothing_changes():
     assert torch.equal(optimizer.state[weight]["exp_avg"], before["state"][0]["exp_avg"])
 
 
+def test_a_state_without_its_count_is_refused_and_nothing_changes():
+    weight = parameter(4, 5)
+    optimizer = Merit([weight], **SETTINGS)
+    train(optimizer, [weight])
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["step"]
+    with pytest.raises(ValueError, match=r"not Merit's optimizer state: it has .* and no step"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state[weight]["step"] == 4
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_that_was_emptied_is_made_anew(fused):
+    weight, idle, straight = parameter(4, 5), parameter(3), parameter(4, 5)
+    optimizer = Merit([weight, idle], fused=fused, **SETTINGS)
+    train(optimizer, [weight], steps=range(2))
+    optimizer.state[weight].clear()
+    straight.data = weight.detach().clone()
+    train(optimizer, [weight], steps=range(2, 4))
+    train(Merit([straight], fused=fused, **SETTINGS), [straight], steps=range(2, 4))
+    assert torch.equal(weight, straight)
+    assert optimizer.state[weight]["step"] == 2 and idle not in optimizer.state
+
+
 def test_a_state_can_be_loaded_again():
     """Back to an earlier state, as after a bad step; the copy has been unpickled, which counts as loading."""
     weight = parameter(4, 5)
@@ -271,6 +295,27 @@ def test_unsupported_parameters_are_refused():
     transposed.grad = torch.ones(4, 3)
     with pytest.raises(UnsupportedError, match="contiguous"):
         Merit([transposed], lr=0.1).step()
+
+
+def test_a_group_that_is_refused_by_whatever_error_is_not_kept():
+    optimizer = Merit([parameter(4, 5)], **SETTINGS)
+    with pytest.raises(RuntimeError, match="uninitialized"):
+        optimizer.add_param_group({"params": [torch.nn.parameter.UninitializedParameter()]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_list_of_parameters_that_was_changed_and_other_strides_say_what_to_do():
+    weight, late = parameter(4, 5), parameter(4, 5, seed=1)
+    optimizer = Merit([weight], **SETTINGS)
+    optimizer.param_groups[0]["params"].append(late)
+    with pytest.raises(UnsupportedError, match=r"list of parameters was changed .* from 1 to 2: .* add_param_group"):
+        train(optimizer, [weight, late])
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = Merit([{"params": [convolution.weight], "matrix_view": "flatten"}], **SETTINGS)
+    with pytest.raises(UnsupportedError, match=r"shape \(4, 3, 3, 3\) is not: set p.data = p.data.contiguous\(\)"):
+        train(optimizer, [convolution.weight], steps=[0])
+    convolution.to(memory_format=torch.contiguous_format)
+    train(optimizer, [convolution.weight], steps=[0])
 
 
 def test_registration_never_overwrites(monkeypatch):

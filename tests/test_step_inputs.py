@@ -33,6 +33,19 @@ def test_found_inf_leaves_everything_as_it_was(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+def test_found_inf_may_be_a_number(fused):
+    weight = matrix()
+    before = weight.detach().clone()
+    optimizer = Merit([weight], fused=fused, **SETTINGS)
+    optimizer.found_inf = 1.0
+    optimizer.step()
+    assert torch.equal(weight, before)
+    optimizer.found_inf = 0
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_step_between_forward_and_backward_does_not_pass_unseen(fused):
     weight = matrix()
     loss = (weight * weight).sum()
@@ -117,6 +130,38 @@ def test_what_no_longer_fits_is_refused_and_nothing_is_written(fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_gradient_that_stays_the_same_object_may_get_other_data(fused, missing):
+    """Transposed, expanded and of a wrong size, set by `.data`: a kernel would read beside it, or beyond its end."""
+    weight, other = matrix(6, 6), matrix(6, 6)
+    idle = matrix(seed=3)
+    idle.grad = None if missing else idle.grad
+    first, second = Merit([weight, idle], fused=fused, **SETTINGS), Merit([other], fused=fused, **SETTINGS)
+    first.step()
+    second.step()
+    for data in (matrix(6, 6, seed=5).grad.t(), torch.ones(1).expand(6, 6), matrix(6, 12, seed=7).grad[:, ::2]):
+        weight.grad.data, other.grad = data, data.contiguous()
+        first.step()
+        second.step()
+        assert torch.equal(weight, other)
+    weight.grad.data = weight.grad.data.contiguous()
+    first.step()
+    weight.grad.data = weight.grad.data.view(-1)[:5]
+    with pytest.raises(UnsupportedError, match="a gradient has 5 elements and its parameter had 36"):
+        first.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_default_device_is_not_the_steps(fused):
+    """The tables and scalars that the host makes, under a default device on which nothing can be read."""
+    weight, other = matrix(), matrix()
+    with torch.device("meta"):
+        Merit([weight], fused=fused, **SETTINGS).step()
+    Merit([other], fused=fused, **SETTINGS).step()
+    assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize("fused", [True, False])
 def test_a_lazily_negated_gradient_is_what_it_says(fused):
     plain, lazy = matrix(), matrix()
     plain.grad.neg_()
@@ -160,3 +205,22 @@ def test_parameters_without_a_gradient_get_no_state():
     frozen.grad = torch.ones_like(frozen)
     optimizer.step()
     assert optimizer.state[frozen]["step"] == 1 and optimizer.state[weight]["step"] == 2
+
+
+def test_a_refusal_before_anything_was_touched_does_not_stay(monkeypatch):
+    """A graph's capture with new settings is refused and says to take a step first, which must then be possible."""
+    weight, other = matrix(), matrix()
+    optimizer, plain = Merit([weight], fused=False, **SETTINGS), Merit([other], fused=False, **SETTINGS)
+    optimizer.step()
+    plain.step()
+    for each in (optimizer, plain):
+        each.param_groups[0]["lr"] = 0.5
+    ((_, stepper),) = next(iter(optimizer._works.values()))._steppers
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper, "device", torch.device("cuda"))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(UnsupportedError, match="take a step before the capture"):
+            optimizer.step()
+    optimizer.step()
+    plain.step()
+    assert torch.equal(weight, other) and optimizer.state[weight]["step"] == 2

@@ -50,6 +50,8 @@ class LionRule(Rule):
 class MeritLion(ShardedOptimizer):
     """Lion (arXiv 2302.06675, program 1), element-wise and so bitwise exact under every sharding.
 
+    There are no trust ratios: `no_trust_ratio` on a parameter changes nothing, and in a group it is refused.
+
     Args:
         params: as of `merit_ds.Merit`.
         lr: learning rate, the change of a weight in a step; a tenth of AdamW's or less.

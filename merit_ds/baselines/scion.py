@@ -28,9 +28,10 @@ def orthogonalized(matrix: Tensor, *, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x: Tensor = matrix / (matrix.norm() + 1e-7)
     x = x.t() if x.shape[0] > x.shape[1] else x
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    with torch.autocast(matrix.device.type, enabled=False):  # a step may be taken within the loss's
+        for _ in range(steps):
+            gram = x @ x.t()
+            x = a * x + (b * gram + c * gram @ gram) @ x
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
@@ -135,7 +136,7 @@ def _step_matrix(
         changes = [whole[first : first + size] for _, size, first in runs]
     lr = float(group["lr"])
     radius = group["sign_radius"] if kind == "sign" else group["radius"]
-    kept = 1.0 - lr if group["constrained"] else 1.0
+    kept = 1.0 - lr if group["constrained"] and matrix.decayed else 1.0
     for (offset, size, _), change in zip(runs, changes if runs else [], strict=True):
         place = weight[offset : offset + size]
         place.copy_((place.float() * kept).sub_(change * (lr * radius)))
@@ -180,6 +181,9 @@ class MeritScion(ShardedOptimizer):
     model in which nothing is marked has all its matrices orthogonalised. The sign is divided by the number of columns,
     the authors' choice for an embedding that is tied to the output.
 
+    `no_weight_decay` keeps a weight from shrinking by `constrained`, which is the only decay here. There are no trust
+    ratios: `no_trust_ratio` on a parameter changes nothing, and in a group it is refused.
+
     Under ZeRO-1, 2, 3 and fully_shard each rank that holds a piece of a matrix gets the whole momentum of it, one
     matrix at a time, and orthogonalises it for itself, so that the result is that of the unsharded step. Tensor
     parallelism is refused.
@@ -190,7 +194,8 @@ class MeritScion(ShardedOptimizer):
         alpha: share of the new gradient in the momentum.
         radius: of the balls of matrices and vectors.
         sign_radius: of those of embedding and output.
-        constrained: weights stay in the ball: w = (1 - lr) w + lr * step; False adds steps alone.
+        constrained: weights stay in the ball: w = (1 - lr) w + lr * step; False adds steps alone, as for a weight with
+            `no_weight_decay`.
 
     Raises:
         ValueError: a setting out of its range, or a parameter whose dtype or shape has no defined step.

@@ -70,7 +70,8 @@ class MeritSophiaG(ShardedOptimizer):
     The state `exp_avg_sq` holds h, the moving average of the estimates: each is an average of squared gradients, of a
     loss whose labels were drawn from the model itself. Who trains calls `update_hessian` with that gradient every
     `hessian_interval` steps, before the first step too; this package's trainer does so. Steps are element-wise, so
-    bitwise exact under ZeRO-1 and 2, tensor parallelism and fully_shard. ZeRO-3 is refused by `update_hessian`.
+    bitwise exact under ZeRO-1 and 2, tensor parallelism and fully_shard. ZeRO-3 is refused by `update_hessian`. There
+    are no trust ratios: `no_trust_ratio` on a parameter changes nothing, and in a group it is refused.
 
     Args:
         params: as of `merit_ds.Merit`.
@@ -147,6 +148,8 @@ class MeritSophiaG(ShardedOptimizer):
             self._bind(origin.group)
             beta2 = origin.group["betas"][1]
             for tensor in stepped_tensors(origin.group, origin.parameters):
+                if self._bound[tensor].idle:
+                    continue
                 h = local_part(self._moments(tensor)["exp_avg_sq"]).view(-1)
                 for place, grad in own_parts(self._bound[tensor], values):
                     grad = grad.to(h.device, torch.float32)

@@ -88,7 +88,7 @@ def _check_bounds(operands: Operands, tiles: Tensor, *, slots: int, rows: int) -
     has_rows, has_cols = column["row_slot"] >= 0, column["col_slot"] >= 0
     if not within("tensor", 1, len(operands.weights)):
         raise ValueError("merit_ds: a row of tiles names a tensor that is not there")
-    sizes = torch.tensor([weight.numel() for weight in operands.weights])[column["tensor"]]
+    sizes = torch.tensor([weight.numel() for weight in operands.weights], device="cpu")[column["tensor"]]
     fits = (
         bool(
             (

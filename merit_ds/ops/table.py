@@ -158,7 +158,7 @@ def by_kind(matrix: Any, group: dict[str, Any]) -> list[Any]:
 
 def tabulate(tiles: Iterable[Tile]) -> Tensor:
     """The table [tiles, 9], int64, on the CPU."""
-    return torch.tensor(list(tiles), dtype=torch.int64).reshape(-1, len(Tile._fields))
+    return torch.tensor(list(tiles), dtype=torch.int64, device="cpu").reshape(-1, len(Tile._fields))
 
 
 def cut_tiles(tiles: Sequence[Tile], *, rows: int, span: int) -> list[Tile]:
