@@ -23,6 +23,8 @@ def mark_parameters(
     `MeritScion` is the shrinking of `constrained`. `sign_update` is for `MeritScion` alone: parameters that take the
     step of an embedding or an output layer.
 
+    An optimizer reads the marks in its first step; later ones change nothing until it loads a state.
+
     Args:
         model: whose `named_parameters` are meant; a tied weight goes by each of its names.
         no_weight_decay, no_trust_ratio, sign_update: shell patterns, for instance "*.bias" or "embedding.*".

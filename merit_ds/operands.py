@@ -30,6 +30,7 @@ class Gatherer:
         self._shards = shards
         self._names = moments
         self._weights = [shard.tensor for shard in shards]
+        self._shapes = [weight.shape for weight in self._weights]
         self._sizes = [local_part(weight).numel() for weight in self._weights]
         self._distributed = any(map(is_distributed, self._weights))
         self._seen: list[Callable[[], Tensor | None]] = []
@@ -64,7 +65,7 @@ class Gatherer:
             present: Any = grads if len(self._present) == len(grads) else [grads[number] for number in self._present]
             if all(map(Tensor.is_contiguous, present)) and list(map(Tensor.numel, present)) == self._present_sizes:
                 return grads
-        usable = [_usable(*each) for each in zip(grads, self._shards, self._sizes, strict=True)]
+        usable = [_usable(*each) for each in zip(grads, self._shards, self._shapes, strict=True)]
         as_they_are = all(map(is_, usable, grads))
         self._seen = [_nothing if grad is None else weakref.ref(grad) for grad in grads] if as_they_are else []
         self._present = [number for number, grad in enumerate(grads) if grad is not None]
@@ -72,7 +73,7 @@ class Gatherer:
         return usable
 
 
-def _usable(grad: Tensor | None, shard: Shard, size: int) -> Tensor | None:
+def _usable(grad: Tensor | None, shard: Shard, shape: torch.Size) -> Tensor | None:
     """This rank's part of a gradient, contiguous: the gradient itself where it is so already."""
     if grad is None:
         # DeepSpeed gives every partition one, so this happens on all ranks or none.
@@ -83,13 +84,12 @@ def _usable(grad: Tensor | None, shard: Shard, size: int) -> Tensor | None:
         raise UnsupportedError("Merit does not support sparse gradients: use dense ones (sparse=False)")
     if not same_sharding(shard.tensor, grad):
         raise UnsupportedError("a gradient is not sharded as its parameter is: redistribute it before the step")
-    part = local_part(grad).contiguous().resolve_neg()
-    if part.numel() != size:
+    if grad.shape != shape:
         raise UnsupportedError(
-            f"a gradient has {part.numel()} elements and its parameter had {size} in the first step: a parameter that "
-            "changes its size needs a new optimizer"
+            f"a gradient has shape {tuple(grad.shape)} and its parameter had {tuple(shape)} in the first step: a "
+            "parameter that changes its shape needs a new optimizer"
         )
-    return part
+    return local_part(grad).contiguous().resolve_neg()
 
 
 def _nothing() -> None:

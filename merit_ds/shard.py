@@ -85,6 +85,7 @@ def logical_matrices(parameter: Tensor, param_group: dict[str, Any], *, start: i
 
     Attributes of the parameter or, where it has none, keys of its group decide about it: `matrix_view`,
     `no_weight_decay` and `no_trust_ratio`. (fully_shard makes new parameters without them: set them afterwards.)
+    They are read in the first step: an attribute that is set later changes nothing until a state is loaded.
     The group's `elementwise` and `whole_bound` say which ratios count.
     A `matrix_view` is
     - "stack": [E, R, C] is E matrices, as experts are;

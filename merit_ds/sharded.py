@@ -202,7 +202,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _check_laid_out(self) -> None:
         for number, group in enumerate(self.param_groups):
-            if before := self._laid_out.get(id(group)):
+            if id(group) not in self._laid_out:
+                self._origin(group)  # not bound yet, or put in the place of one that was
+            else:
+                before = self._laid_out[id(group)]
                 now = layout_settings(self.settings_for_layout(group))
                 check_laid_out(before, now, name=type(self).__name__, number=number)
 

@@ -255,6 +255,19 @@ def test_what_weights_are_laid_out_by_cannot_change_after_the_first_step(key, va
     assert all(map(torch.equal, weights, other))
 
 
+def test_a_group_that_was_replaced_is_refused_in_any_step():
+    weights = model()
+    optimizer = Merit(weights, 0.01)
+    train(optimizer, weights, steps=range(2))
+    group, before = optimizer.param_groups[0], [weight.detach().clone() for weight in weights]
+    optimizer.param_groups[0] = {**group, "no_weight_decay": True}
+    with pytest.raises(UnsupportedError, match="param_groups were replaced: change the groups in place"):
+        train(optimizer, weights, steps=range(1))
+    assert all(map(torch.equal, weights, before))
+    optimizer.param_groups[0] = group
+    train(optimizer, weights, steps=range(1))
+
+
 def test_a_layout_that_failed_may_be_repaired_and_the_same_said_otherwise():
     weight = torch.nn.Parameter(torch.ones(3, 5, 7))
     optimizer = Merit([{"params": [weight], "matrix_view": "stack"}], 0.01)
