@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from merit_ds import Merit
 from merit_ds.training import checkpoint, checkpoint_folder
 from merit_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from merit_ds.training.checkpoint_folder import UNFINISHED
-from merit_ds.training.manifest import MANIFEST
+from merit_ds.training.manifest import MANIFEST, Manifest
 from merit_ds.training.universal import make_universal
 
 MODEL = {"hidden_size": 17, "num_layers": 2}
@@ -81,7 +82,7 @@ def check_after_the_kill(folder: Path) -> None:
     assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 10}
     assert torch.equal(weights(engine), torch.load(folder / "weights.pt"))
     assert save(engine, folder, 3).name == "global_step3"
-    assert not (folder / UNFINISHED).exists()
+    assert not list(folder.glob(f"{UNFINISHED}*"))
 
 
 def check_every_moment(engine: Any, root: Path) -> None:
@@ -142,7 +143,7 @@ def check_keep(engine: Any, root: Path) -> None:
     found = find_checkpoint(folder)
     assert found is not None
     assert (found.path.name, found.manifest.sequence) == ("global_step1", 5)
-    assert not (folder / UNFINISHED).exists()
+    assert not list(folder.glob(f"{UNFINISHED}*"))
 
 
 def damage(path: Path, how: str) -> None:
@@ -277,12 +278,26 @@ def load_alone(rank: int, folder: Path) -> None:
     assert message(lambda: load_checkpoint(build(), folder, model=MODEL)) == refusal
 
 
+def test_a_temporary_name_is_used_once(tmp_path: Path) -> None:
+    """A host's NFS client goes on taking a name for the folder that it was, which has been committed since."""
+    manifest = Manifest(sequence=1, step=1, zero_stage=2, setup={}, model={}, files={})
+    first = checkpoint_folder.begin(tmp_path)
+    stale = os.open(first, os.O_PATH)
+    committed = checkpoint_folder.commit(tmp_path, first, manifest)
+    (tmp_path / UNFINISHED).mkdir()  # an older version's
+    second = checkpoint_folder.begin(tmp_path)
+    assert second.name != first.name and os.path.samestat(os.stat(stale), committed.stat())
+    checkpoint_folder.commit(tmp_path, second, replace(manifest, sequence=2, step=2))
+    checkpoint_folder.remove_old(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2"]
+
+
 def test_save_find_and_load(tmp_path: Path) -> None:
     """One process group for every case that needs no other, after one that a kill ends."""
     killed = tmp_path / "killed"
     with pytest.raises(AssertionError, match="rank 0"):
         run_ranks(2, die_within_a_shard, killed, timeout=60)
-    assert (killed / UNFINISHED).exists()
+    assert list(killed.glob(f"{UNFINISHED}*"))
     assert (killed / "latest").read_text() == "global_step1"
     run_ranks(2, all_cases, tmp_path, killed)
     folder = tmp_path / "resume"

@@ -28,7 +28,6 @@ import torch.distributed as dist
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import from_rank_zero, together
 from merit_ds.training.checkpoint_folder import (
-    UNFINISHED,
     Checkpoint,
     begin,
     commit,
@@ -84,21 +83,21 @@ def save_checkpoint(
     failing = f"{folder}: cannot save the checkpoint of step {step}"
     if engine.use_node_local_storage():
         raise InputError(f"{failing}: remove checkpoint.use_node_local_storage from the DeepSpeed JSON")
+    unfinished = folder / from_rank_zero(lambda: begin(folder).name, failing=failing)
     try:
-        from_rank_zero(lambda: begin(folder).name, failing=failing)
-        together(lambda: _write_shards(engine, folder, client_state), failing=failing)
+        together(lambda: _write_shards(engine, unfinished, client_state), failing=failing)
         manifest = Manifest(
             sequence=from_rank_zero(lambda: next_sequence(folder), failing=failing),
             step=step,
             zero_stage=int(engine.zero_optimization_stage()),
             setup=_setup(engine),
             model=model,
-            files=_hash_shares(folder / UNFINISHED, sharded=engine.zero_optimization_stage() > 0, failing=failing),
+            files=_hash_shares(unfinished, sharded=engine.zero_optimization_stage() > 0, failing=failing),
         )
-        path = folder / from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
+        path = folder / from_rank_zero(lambda: _commit(folder, unfinished, manifest), failing=failing)
     except InputError:
         if dist.get_rank() == 0:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     from_rank_zero(lambda: remove_old(folder, keep=keep), failing=f"{folder}: cannot remove old checkpoints")
     return path
@@ -194,11 +193,11 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
     return dict(states[CLIENT_STATE])
 
 
-def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
+def _write_shards(engine: Any, unfinished: Path, client_state: dict[str, Any]) -> None:
     state = {CLIENT_STATE: client_state} | universal_info(engine.module)
     stage_as_number()
     try:
-        engine.save_checkpoint(str(folder), tag=UNFINISHED, client_state=state, save_latest=False)
+        engine.save_checkpoint(str(unfinished.parent), tag=unfinished.name, client_state=state, save_latest=False)
     except Exception:
         # DeepSpeed's last act is a barrier: the ranks that did not fail wait there for this one.
         dist.barrier()
@@ -235,8 +234,8 @@ def _hash_shares(unfinished: Path, *, sharded: bool, failing: str) -> dict[str, 
     return {name: (size, sha256) for name, size, sha256 in sorted(entries)}
 
 
-def _commit(folder: Path, manifest: Manifest) -> str:
-    name = commit(folder, folder / UNFINISHED, manifest).name
+def _commit(folder: Path, unfinished: Path, manifest: Manifest) -> str:
+    name = commit(folder, unfinished, manifest).name
     write_text(folder / "latest", name)
     return name
 

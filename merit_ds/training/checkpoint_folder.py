@@ -8,6 +8,7 @@ is none.
 
 import itertools
 import logging
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from pathlib import Path
 from merit_ds.training.manifest import Manifest, fingerprint, read_manifest, sync, write_manifest
 
 UNFINISHED = "unfinished_checkpoint"
-"""The one temporary name: a checkpoint that is being written, or one that is being removed."""
+"""Begins a temporary name: of a checkpoint that is being written, or of one that is being removed.
+
+A random number ends it. Another host's NFS client may take a name for the folder that it meant a minute ago, and that
+may be a finished checkpoint by now.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +49,10 @@ def read_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[str]]:
 
 
 def begin(folder: Path) -> Path:
-    """Make an empty folder under the temporary name."""
-    unfinished = folder / UNFINISHED
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    """Make an empty folder under a new temporary name, and remove those that were left behind."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)  # what is in use elsewhere goes another time
+    unfinished = _temporary(folder)
     unfinished.mkdir(parents=True)
     return unfinished
 
@@ -92,10 +97,13 @@ def remove_old(folder: Path, *, keep: int) -> None:
     try:
         for checkpoint in read_checkpoints(folder)[0][keep:]:
             # Renamed first: a kill half-way must not leave half a checkpoint under a complete one's name.
-            checkpoint.path.rename(folder / UNFINISHED)
-            shutil.rmtree(folder / UNFINISHED)
+            shutil.rmtree(checkpoint.path.rename(_temporary(folder)))
     except OSError as error:
         logger.warning("%s: cannot remove an old checkpoint: %s", error.filename, error.strerror)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f"{UNFINISHED}_{secrets.token_hex(8)}"
 
 
 def _names(folder: Path, manifest: Manifest) -> Iterator[Path]:
