@@ -192,6 +192,18 @@ DAMAGES = [(SHARD, "missing"), (SHARD, "truncated"), (SHARD, "flipped bit"), (WE
 DAMAGES += [(MANIFEST, "flipped bit"), (MANIFEST, "missing")]
 
 
+def check_a_damaged_one_does_not_count(engine: Any, root: Path) -> None:
+    """Two that are whole stay, and the one between them, whose manifest alone is right."""
+    folder, found = root / "uncounted", set[Path]()
+    save(engine, folder, 1)
+    newest = save(engine, folder, 2)
+    on_rank_zero(lambda: damage(newest / SHARD, "flipped bit"))
+    load_checkpoint(engine, folder, model=MODEL, damaged=found)
+    assert found == {newest.resolve()}
+    save_checkpoint(engine, folder, step=3, model=MODEL, client_state={}, keep=2, damaged=found)
+    assert sorted(path.name for path in folder.glob("*/")) == ["global_step1", "global_step2", "global_step3"]
+
+
 def check_full_disk(engine: Any, root: Path) -> None:
     """A rank that cannot write makes every rank raise the same line; the checkpoint before it stays."""
     for victim in (0, 1):
@@ -246,6 +258,7 @@ def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_every_moment(engine, root)
     check_keep(engine, root)
     check_damage(engine, root)
+    check_a_damaged_one_does_not_count(engine, root)
     check_full_disk(engine, root)
     check_other_runs(engine, root)
     check_a_state_that_cannot_be_saved(engine, root)

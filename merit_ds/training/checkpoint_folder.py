@@ -10,7 +10,7 @@ import itertools
 import logging
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +92,15 @@ def commit(folder: Path, written: Path, manifest: Manifest) -> Path:
     return path
 
 
-def remove_old(folder: Path, *, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; one that cannot be removed gets a warning."""
+def remove_old(folder: Path, *, keep: int, damaged: Collection[Path] = ()) -> None:
+    """Remove all but the `keep` newest checkpoints; one that cannot be removed gets a warning.
+
+    Args:
+        damaged: resolved paths of checkpoints that do not match their manifests: they stay, and do not count.
+    """
+    whole = [one for one in read_checkpoints(folder)[0] if one.path.resolve() not in damaged]
     try:
-        for checkpoint in read_checkpoints(folder)[0][keep:]:
+        for checkpoint in whole[keep:]:
             # Renamed first: a kill half-way must not leave half a checkpoint under a complete one's name.
             shutil.rmtree(checkpoint.path.rename(_temporary(folder)))
     except OSError as error:
