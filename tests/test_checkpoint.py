@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -215,6 +216,9 @@ def check_full_disk(engine: Any, root: Path) -> None:
         line = message(lambda folder=folder: save(engine, folder, 2))
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert line.startswith(f"{folder}: cannot save the checkpoint of step 2: rank {victim}: ")
+        assert re.search(
+            r"; [\d.]+ GB are free there and global_step1 has 0\.\d+ GB: is the disk full, or", line
+        )
         torch.distributed.barrier()
         assert sorted(path.name for path in folder.glob("*/")) == ["global_step1"]
         assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 10}
@@ -245,7 +249,7 @@ def check_other_runs(engine: Any, root: Path) -> None:
 def check_a_state_that_cannot_be_saved(engine: Any, root: Path) -> None:
     folder = root / "state"
     line = message(lambda: save_checkpoint(engine, folder, step=1, model=MODEL, client_state={"a": lambda: 0}, keep=1))
-    assert "rank 0" in line
+    assert "rank 0" in line and "free" not in line
     on_rank_zero(lambda: (root / "file").touch())
     assert "file" in message(lambda: save(engine, root / "file", 1))
 

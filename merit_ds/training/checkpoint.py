@@ -38,6 +38,7 @@ from merit_ds.training.checkpoint_folder import (
     next_sequence,
     read_checkpoints,
     remove_old,
+    shortage,
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
@@ -206,9 +207,13 @@ def _write_shards(engine: Any, unfinished: Path, client_state: dict[str, Any]) -
     stage_as_number()
     try:
         engine.save_checkpoint(str(unfinished.parent), tag=unfinished.name, client_state=state, save_latest=False)
-    except Exception:
+    except Exception as error:
+        # torch hides the reason of a write that fails in a RuntimeError of its zip file.
+        room = shortage(unfinished.parent) if isinstance(error, (OSError, RuntimeError)) else ""
         # DeepSpeed's last act is a barrier: the ranks that did not fail wait there for this one.
         dist.barrier()
+        if room:
+            raise OSError(f"{error}; {room}") from error
         raise
 
 

@@ -92,6 +92,16 @@ def commit(folder: Path, written: Path, manifest: Manifest) -> Path:
     return path
 
 
+def shortage(folder: Path) -> str:
+    """What a person needs to know where writing a checkpoint into `folder` has failed: is there room for one?"""
+    free = f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free there"
+    before = read_checkpoints(folder)[0]
+    if not before:
+        return f"{free}: is the disk full, or a quota used up?"
+    size = sum(size for size, _ in before[0].manifest.files.values())
+    return f"{free} and {before[0].path.name} has {size / 1e9:.3f} GB: is the disk full, or a quota used up?"
+
+
 def remove_old(folder: Path, *, keep: int, damaged: Collection[Path] = ()) -> None:
     """Remove all but the `keep` newest checkpoints; one that cannot be removed gets a warning.
 
