@@ -216,9 +216,7 @@ def check_full_disk(engine: Any, root: Path) -> None:
         line = message(lambda folder=folder: save(engine, folder, 2))
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert line.startswith(f"{folder}: cannot save the checkpoint of step 2: rank {victim}: ")
-        assert re.search(
-            r"; [\d.]+ GB are free there and global_step1 has 0\.\d+ GB: is the disk full, or", line
-        )
+        assert re.search(r"; [\d.]+ GB are free there and global_step1 has 0\.\d+ GB: is the disk full, or", line)
         torch.distributed.barrier()
         assert sorted(path.name for path in folder.glob("*/")) == ["global_step1"]
         assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 10}

@@ -148,8 +148,10 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed says of {where}: {first['msg']}") from None
-    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
-        # What DeepSpeed raises for an unknown type or option; a fault of our own keeps its traceback as the cause.
+    except DeepSpeedConfigError as error:
+        raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {error}") from None
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        # What DeepSpeed raises for an unknown type or option; a fault of our own looks alike: its traceback is shown.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {reason}") from error
     _check_steps(plan, engine)
