@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.errors import InputError, TransientError, UnsupportedError
 from merit_ds.training.cli import report_errors
 
 
@@ -43,3 +43,8 @@ def test_a_fault_beneath_an_error_keeps_its_traceback(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: DeepSpeed does not accept it"
     assert lines[-1] == "AttributeError: no attribute 'flta'"
+
+
+def test_what_may_go_well_at_another_time_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(TransientError("the disk is full")) == 75
+    assert capsys.readouterr().err == "error: the disk is full\n"

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.errors import InputError, TransientError, UnsupportedError
 from merit_ds.training.config import Config, load_config
 
 CRASHED = 70
 """Exit status of an error that was not foreseen (sysexits.h: EX_SOFTWARE)."""
+
+TRY_AGAIN = 75
+"""Exit status of a `TransientError` (sysexits.h: EX_TEMPFAIL)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +57,11 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn the package's errors into one line on stderr and exit status 1; others keep their traceback, with status 70.
+    """Turn the package's errors into a line on stderr and an exit status; others keep their traceback, with status 70.
 
     An InputError is the same on every rank, so one rank of each host prints it, and a rank on which the program failed
-    beneath it, with that traceback. It would come again, while what ends with another status may have been a rank's or
-    a host's failure: whoever restarts jobs can tell.
+    beneath it, with that traceback. With status 1 it would come again, while what ends with another status may have
+    been a rank's or a host's failure: whoever restarts jobs can tell.
     """
     try:
         yield
@@ -68,7 +71,7 @@ def report_errors() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if fault is not None:
             sys.excepthook(type(fault), fault, fault.__traceback__)
-        sys.exit(1)
+        sys.exit(TRY_AGAIN if isinstance(error, TransientError) else 1)
     except UnsupportedError as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
