@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two errors that a user of this package meets."""
+"""The errors that a user of this package meets."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,22 @@ class InputError(ValueError):
 
     Command-line programs print the line and exit with status 1.
     """
+
+
+class TransientError(InputError):
+    """What may be well at the next try: a file system that failed, a full disk, a host that did not come.
+
+    The exit status is 75, by which whoever restarts jobs can tell.
+    """
+
+
+PERMANENT = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What the system says of a path that was given wrongly; its other errors are a disk's or a network's."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same may go well at another time."""
+    return isinstance(error, TransientError) or (isinstance(error, OSError) and not isinstance(error, PERMANENT))
 
 
 class UnsupportedError(RuntimeError):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks tell each other: every value comes back as it was, and a failure on one is a failure on all."""
 
+import errno
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
-from merit_ds.errors import InputError
+from merit_ds.errors import InputError, TransientError
 from merit_ds.training.agreement import from_rank_zero, together
 
 WORLD = 3
@@ -33,6 +34,11 @@ def fail_if(failing: bool) -> str:
     return "fine"
 
 
+def fail_with(error: Exception, failing: bool) -> None:
+    if failing:
+        raise error
+
+
 def all_cases(rank: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # torch's own object collectives unpickle by this name.
@@ -46,6 +52,11 @@ def all_cases(rank: int) -> None:
                 refusal(lambda failing=failing: together(lambda: fail_if(rank == failing), failing="cannot save"))
                 == line
             )
+        full, denied = OSError(errno.ENOSPC, "full"), PermissionError("denied")
+        for error, kind in ((full, TransientError), (denied, InputError)):
+            with pytest.raises(InputError) as found:
+                together(lambda error=error: fail_with(error, rank == 1), failing="cannot save")
+            assert type(found.value) is kind
         several = refusal(lambda: together(lambda: fail_if(rank > 0), failing="cannot save"))
         assert several.startswith("cannot save: rank 1: ")
         called: list[int] = []

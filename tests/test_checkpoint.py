@@ -4,10 +4,12 @@
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from merit_ds import Merit
 from merit_ds.training import checkpoint, checkpoint_folder
 from merit_ds.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from merit_ds.training.checkpoint_folder import UNFINISHED
-from merit_ds.training.manifest import MANIFEST
+from merit_ds.training.manifest import MANIFEST, Manifest
 from merit_ds.training.universal import make_universal
 
 MODEL = {"hidden_size": 17, "num_layers": 2}
@@ -81,7 +83,7 @@ def check_after_the_kill(folder: Path) -> None:
     assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 10}
     assert torch.equal(weights(engine), torch.load(folder / "weights.pt"))
     assert save(engine, folder, 3).name == "global_step3"
-    assert not (folder / UNFINISHED).exists()
+    assert not list(folder.glob(f"{UNFINISHED}*"))
 
 
 def check_every_moment(engine: Any, root: Path) -> None:
@@ -142,7 +144,7 @@ def check_keep(engine: Any, root: Path) -> None:
     found = find_checkpoint(folder)
     assert found is not None
     assert (found.path.name, found.manifest.sequence) == ("global_step1", 5)
-    assert not (folder / UNFINISHED).exists()
+    assert not list(folder.glob(f"{UNFINISHED}*"))
 
 
 def damage(path: Path, how: str) -> None:
@@ -191,6 +193,18 @@ DAMAGES = [(SHARD, "missing"), (SHARD, "truncated"), (SHARD, "flipped bit"), (WE
 DAMAGES += [(MANIFEST, "flipped bit"), (MANIFEST, "missing")]
 
 
+def check_a_damaged_one_does_not_count(engine: Any, root: Path) -> None:
+    """Two that are whole stay, and the one between them, whose manifest alone is right."""
+    folder, found = root / "uncounted", set[Path]()
+    save(engine, folder, 1)
+    newest = save(engine, folder, 2)
+    on_rank_zero(lambda: damage(newest / SHARD, "flipped bit"))
+    load_checkpoint(engine, folder, model=MODEL, damaged=found)
+    assert found == {newest.resolve()}
+    save_checkpoint(engine, folder, step=3, model=MODEL, client_state={}, keep=2, damaged=found)
+    assert sorted(path.name for path in folder.glob("*/")) == ["global_step1", "global_step2", "global_step3"]
+
+
 def check_full_disk(engine: Any, root: Path) -> None:
     """A rank that cannot write makes every rank raise the same line; the checkpoint before it stays."""
     for victim in (0, 1):
@@ -202,6 +216,7 @@ def check_full_disk(engine: Any, root: Path) -> None:
         line = message(lambda folder=folder: save(engine, folder, 2))
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert line.startswith(f"{folder}: cannot save the checkpoint of step 2: rank {victim}: ")
+        assert re.search(r"; [\d.]+ GB are free there and global_step1 has 0\.\d+ GB: is the disk full, or", line)
         torch.distributed.barrier()
         assert sorted(path.name for path in folder.glob("*/")) == ["global_step1"]
         assert load_checkpoint(engine, folder, model=MODEL) == {"tokens": 10}
@@ -232,7 +247,7 @@ def check_other_runs(engine: Any, root: Path) -> None:
 def check_a_state_that_cannot_be_saved(engine: Any, root: Path) -> None:
     folder = root / "state"
     line = message(lambda: save_checkpoint(engine, folder, step=1, model=MODEL, client_state={"a": lambda: 0}, keep=1))
-    assert "rank 0" in line
+    assert "rank 0" in line and "free" not in line
     on_rank_zero(lambda: (root / "file").touch())
     assert "file" in message(lambda: save(engine, root / "file", 1))
 
@@ -245,6 +260,7 @@ def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_every_moment(engine, root)
     check_keep(engine, root)
     check_damage(engine, root)
+    check_a_damaged_one_does_not_count(engine, root)
     check_full_disk(engine, root)
     check_other_runs(engine, root)
     check_a_state_that_cannot_be_saved(engine, root)
@@ -277,12 +293,26 @@ def load_alone(rank: int, folder: Path) -> None:
     assert message(lambda: load_checkpoint(build(), folder, model=MODEL)) == refusal
 
 
+def test_a_temporary_name_is_used_once(tmp_path: Path) -> None:
+    """A host's NFS client goes on taking a name for the folder that it was, which has been committed since."""
+    manifest = Manifest(sequence=1, step=1, zero_stage=2, setup={}, model={}, files={})
+    first = checkpoint_folder.begin(tmp_path)
+    stale = os.open(first, os.O_PATH)
+    committed = checkpoint_folder.commit(tmp_path, first, manifest)
+    (tmp_path / UNFINISHED).mkdir()  # an older version's
+    second = checkpoint_folder.begin(tmp_path)
+    assert second.name != first.name and os.path.samestat(os.stat(stale), committed.stat())
+    checkpoint_folder.commit(tmp_path, second, replace(manifest, sequence=2, step=2))
+    checkpoint_folder.remove_old(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step2"]
+
+
 def test_save_find_and_load(tmp_path: Path) -> None:
     """One process group for every case that needs no other, after one that a kill ends."""
     killed = tmp_path / "killed"
     with pytest.raises(AssertionError, match="rank 0"):
         run_ranks(2, die_within_a_shard, killed, timeout=60)
-    assert (killed / UNFINISHED).exists()
+    assert list(killed.glob(f"{UNFINISHED}*"))
     assert (killed / "latest").read_text() == "global_step1"
     run_ranks(2, all_cases, tmp_path, killed)
     folder = tmp_path / "resume"

@@ -202,6 +202,8 @@ def test_bad_input_is_refused_in_one_line(folder, references):
     assert "did you mean 'weight_decay'?" in refused(folder, "--deepspeed_config", "bad.json")
     write_deepspeed(folder / "bad.json", optimizer={"type": "Merrit", "params": {"lr": 0.1}})
     assert "Merrit" in refused(folder, "--deepspeed_config", "bad.json")
+    write_deepspeed(folder / "bad.json", gradient_cliping=1.0)
+    assert "did you mean 'gradient_clipping'?" in refused(folder, "--deepspeed_config", "bad.json")
     write_deepspeed(folder / "bad.json", train_batch_size=7)
     assert "train_batch_size 7 is no multiple of" in refused(folder, "--deepspeed_config", "bad.json")
     tokens = (folder / "data_train.bin").read_bytes()

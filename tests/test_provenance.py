@@ -2,11 +2,14 @@
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from merit_ds.errors import InputError
 from merit_ds.training import report
+from merit_ds.training.manifest import write_text
 from merit_ds.training.report import RunFolder, _git_revision
 
 
@@ -66,3 +69,16 @@ def test_each_start_that_a_runs_steps_go_back_to_is_told(tmp_path: Path, monkeyp
     (tmp_path / "run.json").write_text("{")
     RunFolder(tmp_path).begin({}, step=2)
     assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [2]
+
+
+def test_a_run_folder_is_shared_where_it_appears_later(tmp_path: Path) -> None:
+    """An NFS client goes on saying for up to a minute that there is no such folder, or shows the file before."""
+    there, here = RunFolder(tmp_path / "there"), RunFolder(tmp_path / "here")
+    text = there.begin({}, step=0)
+    threading.Timer(0.5, lambda: there.path.rename(here.path)).start()
+    here.check_shared(text)
+    other = text.replace("versions", "others")
+    with pytest.raises(InputError, match="here is not the folder that rank 0 writes to: on several hosts share one"):
+        here.check_shared(other, seconds=0.1)
+    threading.Timer(0.5, lambda: write_text(here.path / "run.json", other)).start()
+    here.check_shared(other)

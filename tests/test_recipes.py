@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from merit_ds.training.config import Config, load_config
 from merit_ds.training.deepspeed_config import model_dtype, read_deepspeed_json
+from merit_ds.training.deepspeed_keys import check_keys
 from merit_ds.training.model import build_model
 from merit_ds.training.schedule import check_scheduler, plan_batch, total_steps
 
@@ -120,3 +121,4 @@ def test_deepspeed_reads_the_json_as_meant(path: Path) -> None:
     assert read.gradient_accumulation_steps == plan_batch(ds_config, ranks=1).accumulation
     assert read.bfloat16_config.enabled == (model_dtype(ds_config) == torch.bfloat16)
     assert read.scheduler_params == ds_config["scheduler"]["params"]
+    check_keys(ds_config, path=str(path))

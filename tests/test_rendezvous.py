@@ -9,7 +9,7 @@ import psutil
 import pytest
 from ranks import free_port
 
-from merit_ds.errors import InputError
+from merit_ds.errors import InputError, TransientError
 from merit_ds.training import watch
 from merit_ds.training.rendezvous import listen, open_store, own_address
 
@@ -55,13 +55,20 @@ def test_a_port_that_another_has_is_refused_in_a_line(rank_zero, monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         with pytest.raises(InputError, match=r"cannot listen there: .*EADDRINUSE.*--master-port") as failure:
             open_store(rank_zero)
+    assert not isinstance(failure.value, TransientError)
     assert "\n" not in str(failure.value)
 
 
 def test_a_name_that_nobody_knows_is_refused_in_a_line(rank_zero, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     rank_zero.config.run.timeout = 0.5
-    with pytest.raises(InputError, match=r"no-such-host.invalid:\d+: rank 0 cannot listen there: .*--master-addr"):
+    with pytest.raises(TransientError, match=r"no-such-host.invalid:\d+: rank 0 cannot listen there: .*--master-addr"):
+        open_store(rank_zero)
+
+
+def test_a_rank_zero_that_does_not_come_may_come_another_time(rank_zero):
+    rank_zero.rank, rank_zero.config.run.timeout = 1, 0.5
+    with pytest.raises(TransientError, match=r"localhost:\d+: rank 1 cannot reach rank 0 there: "):
         open_store(rank_zero)
 
 

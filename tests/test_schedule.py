@@ -154,6 +154,11 @@ def test_a_good_json_is_returned_as_it_is(tmp_path: Path, values: dict[str, Any]
         (json.dumps(merit(betas=[0.9, 0.95])), r"optimizer\.params\.lr is missing"),
         (json.dumps(merit(lr=1e-3, clip=0)), r"optimizer\.params: Merit: clip=0, but it must be"),
         ("{}", r"optimizer\.type is missing"),
+        ('{"sequence_parallel_size": 2}', "sequence_parallel_size: DeepSpeed would divide the ranks by it"),
+        ('{"activation_checkpointing": {}}', r"set model\.activation_checkpointing in the recipe"),
+        ('{"data_efficiency": {"enabled": true}}', r"data_efficiency\.enabled: this trainer reads its data by itself"),
+        ('{"torch_autocast": {"enabled": true}}', r"torch_autocast\.enabled with weights in float32"),
+        ('{"bfloat16": {"enabled": true}}', "bfloat16: write bf16"),
     ],
 )
 def test_a_bad_json_gets_one_line_with_its_place(tmp_path: Path, text: str, message: str) -> None:

@@ -32,7 +32,7 @@ log.txt
 attempts.jsonl
 slurm/
 global_step*/
-unfinished_checkpoint/
+unfinished_checkpoint*/
 latest
 zero_to_*.py
 """

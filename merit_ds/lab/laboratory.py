@@ -36,6 +36,7 @@ from merit_ds.lab.result import (
 )
 from merit_ds.lab.study import Study
 from merit_ds.lab.trainer_process import Machine, TrainerProcess
+from merit_ds.training.checkpoint_folder import UNFINISHED
 from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.report import RunFolder
 
@@ -285,7 +286,7 @@ def describe_doubts(tuning: Tuning) -> list[str]:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove a run's checkpoints; its report, metrics and curve stay."""
-    for path in [*folder.glob("global_step*"), folder / "unfinished_checkpoint"]:
+    for path in [*folder.glob("global_step*"), *folder.glob(f"{UNFINISHED}*")]:
         shutil.rmtree(path, ignore_errors=True)
     for name in ("latest", "zero_to_fp32.py", "zero_to_torch.py"):
         (folder / name).unlink(missing_ok=True)

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from merit_ds.training.config import Section
 from merit_ds.training.rendezvous import listen, own_address
-
-VISIBLE_SECONDS = 10.0
-"""How long a host looks for the first one's file: NFS may keep an older listing of the folder for some seconds."""
+from merit_ds.training.shared_folder import VISIBLE_SECONDS, appears
 
 STRANGER_SECONDS = 30.0
 """How long a host tries where something else answers, or nothing is said: the first host cannot listen there then."""
@@ -158,18 +156,7 @@ def _talk(connection: socket.socket, meeting: Meeting, folder: Path | None) -> M
         clock = (sent + received) / 2 - float(answer)
     except (TimeoutError, ValueError):
         raise _StrangerError("something else listens there") from None
-    seen = folder is None or _appears(_token(meeting, folder))
+    seen = folder is None or appears(_token(meeting, folder).exists, folder, seconds=VISIBLE_SECONDS)
     print("done", file=stream, flush=True)
     problem = None if seen else f"{folder} is not the first host's: what it writes there does not appear here"
     return Met(folder_problem=problem, clock_seconds=clock)
-
-
-def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while time.monotonic() < deadline:
-        # Listing the folder makes NFS ask the server, where a look at the one name may be answered from a cache.
-        with suppress(OSError):
-            if path in path.parent.iterdir():
-                return True
-        time.sleep(0.2)
-    return False

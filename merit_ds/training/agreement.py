@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from merit_ds.collectives import collective_device
-from merit_ds.errors import InputError
+from merit_ds.errors import InputError, TransientError, is_transient
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,8 @@ def together(action: Callable[[], Result], *, failing: str) -> list[Result]:
         What each rank's action returned, in rank order.
 
     Raises:
-        InputError: on every rank alike, with the first failing rank's reason in one line.
+        InputError: on every rank alike, with the first failing rank's reason in one line; a TransientError where that
+            rank's error was one, or the system's.
     """
     own, cause = _attempt(action)
     return [_result(text, rank, failing, cause) for rank, text in enumerate(_gather(own))]
@@ -87,14 +88,16 @@ def _attempt(action: Callable[[], Any]) -> tuple[str, Exception | None]:
         if json.loads(text)["result"] != result:
             raise TypeError(f"{type(result).__name__} with a part that JSON does not give back as it was")
     except Exception as error:
-        return json.dumps({"reason": " ".join(str(error).split()) or type(error).__name__}), error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return json.dumps({"reason": reason, "transient": is_transient(error)}), error
     return text, None
 
 
 def _result(text: str, rank: int, failing: str, cause: Exception | None) -> Any:
     outcome = json.loads(text)
     if "reason" in outcome:
-        raise InputError(f"{failing}: rank {rank}: {outcome['reason']}") from cause
+        kind = TransientError if outcome["transient"] else InputError
+        raise kind(f"{failing}: rank {rank}: {outcome['reason']}") from cause
     return outcome["result"]
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that a kill at any moment cannot spoil: saving, finding the newest complete one, loading it.
 
-DeepSpeed writes the shards, in its own layout, so its tools (`zero_to_fp32.py`, `ds_to_universal`) work on the result.
+DeepSpeed writes the shards, in its own layout, so its tools (`zero_to_fp32.py`, `ds_to_universal`) work on the result;
+but the former does not read what BF16_Optimizer wrote (bf16, stage 1 and `grad_accum_dtype` fp32).
 Its `latest` is no commit marker, though: rank 0 writes it while other ranks may still be writing. So here
 1. the shards go into a folder with a temporary name, and every rank agrees that all are written;
 2. every rank flushes and hashes its share of the files; rank 0 writes them into `manifest.json`;
@@ -16,9 +17,9 @@ DeepSpeed's files are pickles: the hashes are compared first, which tell damage,
 """
 
 import itertools
-import json
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ import torch.distributed as dist
 
 from merit_ds.errors import InputError
 from merit_ds.training.agreement import from_rank_zero, together
+from merit_ds.training.checkpoint_fit import check_fit, fits_ranks, setup_of
 from merit_ds.training.checkpoint_folder import (
-    UNFINISHED,
     Checkpoint,
     begin,
     commit,
@@ -37,6 +38,7 @@ from merit_ds.training.checkpoint_folder import (
     next_sequence,
     read_checkpoints,
     remove_old,
+    shortage,
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
@@ -45,24 +47,18 @@ from merit_ds.training.universal import make_universal
 
 CLIENT_STATE = "merit_ds"
 """The key of the trainer's state within DeepSpeed's, which has keys of its own beside it."""
-RESHARDED = ("ranks", "tensor_parallel")
-"""Entries of a manifest's set-up in which a universal checkpoint may differ from the run."""
-CONVERT = "convert it by python -m merit_ds.training.universal {folder}, or start as many as before"
-ADVICE = {
-    "ranks": CONVERT,
-    "tensor_parallel": CONVERT,
-    "precision": "set bf16 and fp16 in the DeepSpeed JSON as they were",
-    "optimizer": "set optimizer.type in the DeepSpeed JSON as it was",
-    "wrapper": "set zero_optimization.stage (1 and 2 may be exchanged) and grad_accum_dtype as they were",
-    "scheduler": "keep scheduler in the DeepSpeed JSON, or out of it, as it was",
-}
-"""What to do where a run's set-up is not the checkpoint's."""
-
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    engine: Any, folder: Path, *, step: int, model: dict[str, Any], client_state: dict[str, Any], keep: int
+    engine: Any,
+    folder: Path,
+    *,
+    step: int,
+    model: dict[str, Any],
+    client_state: dict[str, Any],
+    keep: int,
+    damaged: Collection[Path] = (),
 ) -> Path:
     """Save a checkpoint. A collective: every rank calls it after the same step.
 
@@ -73,6 +69,7 @@ def save_checkpoint(
         model: the model's settings, JSON-able; `load_checkpoint` compares them.
         client_state: what the trainer needs to continue. Rank 0's is saved, and comes back on every rank.
         keep: complete checkpoints that stay, the new one included; at least 1.
+        damaged: of `load_checkpoint`: they do not count.
 
     Returns:
         The checkpoint's path, `folder/global_step{step}`; with a number behind it where that name is taken.
@@ -84,31 +81,36 @@ def save_checkpoint(
     failing = f"{folder}: cannot save the checkpoint of step {step}"
     if engine.use_node_local_storage():
         raise InputError(f"{failing}: remove checkpoint.use_node_local_storage from the DeepSpeed JSON")
+    unfinished = folder / from_rank_zero(lambda: begin(folder).name, failing=failing)
     try:
-        from_rank_zero(lambda: begin(folder).name, failing=failing)
-        together(lambda: _write_shards(engine, folder, client_state), failing=failing)
+        together(lambda: _write_shards(engine, unfinished, client_state), failing=failing)
         manifest = Manifest(
             sequence=from_rank_zero(lambda: next_sequence(folder), failing=failing),
             step=step,
             zero_stage=int(engine.zero_optimization_stage()),
-            setup=_setup(engine),
+            setup=setup_of(engine),
             model=model,
-            files=_hash_shares(folder / UNFINISHED, sharded=engine.zero_optimization_stage() > 0, failing=failing),
+            files=_hash_shares(unfinished, sharded=engine.zero_optimization_stage() > 0, failing=failing),
         )
-        path = folder / from_rank_zero(lambda: _commit(folder, manifest), failing=failing)
+        path = folder / from_rank_zero(lambda: _commit(folder, unfinished, manifest), failing=failing)
     except InputError:
         if dist.get_rank() == 0:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    from_rank_zero(lambda: remove_old(folder, keep=keep), failing=f"{folder}: cannot remove old checkpoints")
+    from_rank_zero(
+        lambda: remove_old(folder, keep=keep, damaged=damaged), failing=f"{folder}: cannot remove old checkpoints"
+    )
     return path
 
 
-def find_checkpoint(folder: Path) -> Checkpoint | None:
+def find_checkpoint(folder: Path, *, damaged: set[Path] | None = None) -> Checkpoint | None:
     """The newest complete checkpoint in `folder`, or None where there is none at all. A collective.
 
     Every rank hashes a share of the files, and all take the same checkpoint. For each damaged one that is newer, rank
     0 logs a warning that names the file.
+
+    Args:
+        damaged: their resolved paths are added to it.
 
     Raises:
         InputError: there are checkpoints, but none is complete.
@@ -122,6 +124,8 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
             _warn(problems)
             return checkpoint
         problems.append(damage)
+        if damaged is not None:
+            damaged.add(checkpoint.path.resolve())
     if problems:
         raise InputError(f"{folder}: no complete checkpoint among {len(problems)}; the first: {problems[0]}")
     return None
@@ -139,13 +143,14 @@ def holds_checkpoints(folder: Path) -> bool:
     return from_rank_zero(lambda: any(folder.glob("global_step*")), failing=failing)
 
 
-def reshard(engine: Any, folder: Path, *, model: dict[str, Any]) -> str | None:
+def reshard(engine: Any, folder: Path, *, model: dict[str, Any], damaged: set[Path] | None = None) -> str | None:
     """Make the newest complete checkpoint fit this number of ranks, where it is only that which differs. A collective.
 
     Rank 0 converts it (`merit_ds.training.universal`); the checkpoint itself stays as it is.
 
     Args:
         model: as given to `save_checkpoint`.
+        damaged: as for `find_checkpoint`.
 
     Returns:
         The new checkpoint's path; None where nothing was to be done.
@@ -154,18 +159,20 @@ def reshard(engine: Any, folder: Path, *, model: dict[str, Any]) -> str | None:
         InputError: as `make_universal`; or the checkpoint differs in something else as well.
     """
     listed, _ = from_rank_zero(lambda: _list(folder), failing=f"{folder}: cannot look for checkpoints")
-    here = _setup(engine)
-    if all(_fits_ranks(Manifest.from_plain(manifest), here) for _, manifest in listed):
+    here = setup_of(engine)
+    if all(fits_ranks(Manifest.from_plain(manifest), here) for _, manifest in listed):
         return None  # without reading the files: loading does that
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None or _fits_ranks(checkpoint.manifest, here):
+    checkpoint = find_checkpoint(folder, damaged=damaged)
+    if checkpoint is None or fits_ranks(checkpoint.manifest, here):
         return None
     converted = replace(checkpoint.manifest, universal=True)
-    _check_fit(replace(checkpoint, manifest=converted), engine, model)
+    check_fit(replace(checkpoint, manifest=converted), engine, model)
     return from_rank_zero(lambda: str(make_universal(folder)), failing=f"{folder}: cannot convert a checkpoint")
 
 
-def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(
+    engine: Any, folder: Path, *, model: dict[str, Any], damaged: set[Path] | None = None
+) -> dict[str, Any] | None:
     """Load the newest complete checkpoint into the engine. A collective; the files stay as they are.
 
     Args:
@@ -173,6 +180,7 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
             checkpoints; the number of ranks may be another where the checkpoint is universal, or of stage 0.
         folder: the run's checkpoint folder.
         model: as given to `save_checkpoint`.
+        damaged: as for `find_checkpoint`.
 
     Returns:
         The client state that was saved; None where there is no checkpoint at all.
@@ -181,10 +189,10 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
         InputError: before anything is loaded: there are checkpoints but none is complete, or the newest is of another
             model, number of ranks, precision, optimizer or ZeRO layout; names both values and the key to change.
     """
-    checkpoint = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder, damaged=damaged)
     if checkpoint is None:
         return None
-    _check_fit(checkpoint, engine, model)
+    check_fit(checkpoint, engine, model)
     states: dict[str, Any] = {}
 
     def load() -> None:
@@ -194,14 +202,18 @@ def load_checkpoint(engine: Any, folder: Path, *, model: dict[str, Any]) -> dict
     return dict(states[CLIENT_STATE])
 
 
-def _write_shards(engine: Any, folder: Path, client_state: dict[str, Any]) -> None:
+def _write_shards(engine: Any, unfinished: Path, client_state: dict[str, Any]) -> None:
     state = {CLIENT_STATE: client_state} | universal_info(engine.module)
     stage_as_number()
     try:
-        engine.save_checkpoint(str(folder), tag=UNFINISHED, client_state=state, save_latest=False)
-    except Exception:
+        engine.save_checkpoint(str(unfinished.parent), tag=unfinished.name, client_state=state, save_latest=False)
+    except Exception as error:
+        # torch hides the reason of a write that fails in a RuntimeError of its zip file.
+        room = shortage(unfinished.parent) if isinstance(error, (OSError, RuntimeError)) else ""
         # DeepSpeed's last act is a barrier: the ranks that did not fail wait there for this one.
         dist.barrier()
+        if room:
+            raise OSError(f"{error}; {room}") from error
         raise
 
 
@@ -235,8 +247,8 @@ def _hash_shares(unfinished: Path, *, sharded: bool, failing: str) -> dict[str, 
     return {name: (size, sha256) for name, size, sha256 in sorted(entries)}
 
 
-def _commit(folder: Path, manifest: Manifest) -> str:
-    name = commit(folder, folder / UNFINISHED, manifest).name
+def _commit(folder: Path, unfinished: Path, manifest: Manifest) -> str:
+    name = commit(folder, unfinished, manifest).name
     write_text(folder / "latest", name)
     return name
 
@@ -255,33 +267,3 @@ def _warn(problems: list[str]) -> None:
     if dist.get_rank() == 0:
         for problem in problems:
             logger.warning("skipped a damaged checkpoint: %s", problem)
-
-
-def _setup(engine: Any) -> dict[str, Any]:
-    return {
-        "ranks": dist.get_world_size(),
-        "tensor_parallel": int(engine.mp_world_size),
-        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-        "optimizer": type(engine.basic_optimizer).__name__,
-        "wrapper": type(engine.optimizer).__name__,
-        "scheduler": engine.lr_scheduler is not None,
-    }
-
-
-def _fits_ranks(saved: Manifest, setup: dict[str, Any]) -> bool:
-    return saved.universal or saved.zero_stage == 0 or all(saved.setup[key] == setup[key] for key in RESHARDED)
-
-
-def _check_fit(checkpoint: Checkpoint, engine: Any, model: dict[str, Any]) -> None:
-    """Compare what DeepSpeed would find out half-way through loading, or never."""
-    saved, setup = checkpoint.manifest, _setup(engine)
-    free = set(RESHARDED) if saved.universal else {"ranks"} if saved.zero_stage == 0 else set()
-    # Through JSON and back, as the saved ones went: a tuple comes back as a list.
-    for there, here in ((saved.model, model), (saved.setup, setup)):
-        here = json.loads(json.dumps(here))
-        for key in [*there, *(key for key in here if key not in there)]:
-            if key not in free and there.get(key) != here.get(key):
-                advice = ADVICE.get(key, "use the recipe that it was saved with").format(folder=checkpoint.path.parent)
-                raise InputError(
-                    f"{checkpoint.path}: saved with {key} {there.get(key)}, this run has {here.get(key)}; {advice}"
-                )

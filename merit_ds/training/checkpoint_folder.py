@@ -8,15 +8,20 @@ is none.
 
 import itertools
 import logging
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from merit_ds.training.manifest import Manifest, fingerprint, read_manifest, sync, write_manifest
 
 UNFINISHED = "unfinished_checkpoint"
-"""The one temporary name: a checkpoint that is being written, or one that is being removed."""
+"""Begins a temporary name: of a checkpoint that is being written, or of one that is being removed.
+
+A random number ends it. Another host's NFS client may take a name for the folder that it meant a minute ago, and that
+may be a finished checkpoint by now.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +49,10 @@ def read_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[str]]:
 
 
 def begin(folder: Path) -> Path:
-    """Make an empty folder under the temporary name."""
-    unfinished = folder / UNFINISHED
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
+    """Make an empty folder under a new temporary name, and remove those that were left behind."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)  # what is in use elsewhere goes another time
+    unfinished = _temporary(folder)
     unfinished.mkdir(parents=True)
     return unfinished
 
@@ -87,15 +92,33 @@ def commit(folder: Path, written: Path, manifest: Manifest) -> Path:
     return path
 
 
-def remove_old(folder: Path, *, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; one that cannot be removed gets a warning."""
+def shortage(folder: Path) -> str:
+    """What a person needs to know where writing a checkpoint into `folder` has failed: is there room for one?"""
+    free = f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free there"
+    before = read_checkpoints(folder)[0]
+    if not before:
+        return f"{free}: is the disk full, or a quota used up?"
+    size = sum(size for size, _ in before[0].manifest.files.values())
+    return f"{free} and {before[0].path.name} has {size / 1e9:.3f} GB: is the disk full, or a quota used up?"
+
+
+def remove_old(folder: Path, *, keep: int, damaged: Collection[Path] = ()) -> None:
+    """Remove all but the `keep` newest checkpoints; one that cannot be removed gets a warning.
+
+    Args:
+        damaged: resolved paths of checkpoints that do not match their manifests: they stay, and do not count.
+    """
+    whole = [one for one in read_checkpoints(folder)[0] if one.path.resolve() not in damaged]
     try:
-        for checkpoint in read_checkpoints(folder)[0][keep:]:
+        for checkpoint in whole[keep:]:
             # Renamed first: a kill half-way must not leave half a checkpoint under a complete one's name.
-            checkpoint.path.rename(folder / UNFINISHED)
-            shutil.rmtree(folder / UNFINISHED)
+            shutil.rmtree(checkpoint.path.rename(_temporary(folder)))
     except OSError as error:
         logger.warning("%s: cannot remove an old checkpoint: %s", error.filename, error.strerror)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f"{UNFINISHED}_{secrets.token_hex(8)}"
 
 
 def _names(folder: Path, manifest: Manifest) -> Iterator[Path]:

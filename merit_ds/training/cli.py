@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from merit_ds.errors import InputError, UnsupportedError
+from merit_ds.errors import InputError, TransientError, UnsupportedError
 from merit_ds.training.config import Config, load_config
 
 CRASHED = 70
 """Exit status of an error that was not foreseen (sysexits.h: EX_SOFTWARE)."""
+
+TRY_AGAIN = 75
+"""Exit status of a `TransientError` (sysexits.h: EX_TEMPFAIL)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,20 +57,32 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn the package's errors into one line on stderr and exit status 1; others keep their traceback, with status 70.
+    """Turn the package's errors into a line on stderr and an exit status; others keep their traceback, with status 70.
 
-    An InputError is the same on every rank, so one rank of each host prints it. It would come again, while what ends
-    with another status may have been a rank's or a host's failure: whoever restarts jobs can tell.
+    An InputError is the same on every rank, so one rank of each host prints it, and a rank on which the program failed
+    beneath it, with that traceback. With status 1 it would come again, while what ends with another status may have
+    been a rank's or a host's failure: whoever restarts jobs can tell.
     """
     try:
         yield
     except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        fault = _fault(error)
+        if fault is not None or int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        if fault is not None:
+            sys.excepthook(type(fault), fault, fault.__traceback__)
+        sys.exit(TRY_AGAIN if isinstance(error, TransientError) else 1)
     except UnsupportedError as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception:
         sys.excepthook(*sys.exc_info())  # torch's puts the rank before each line
         sys.exit(CRASHED)
+
+
+def _fault(error: InputError) -> BaseException | None:
+    """What failed beneath an error, where that is neither explained nor the system's: the program, or a library."""
+    cause = error.__cause__
+    while isinstance(cause, InputError):
+        cause = cause.__cause__
+    return None if isinstance(cause, (OSError, UnsupportedError)) else cause

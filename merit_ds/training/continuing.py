@@ -12,7 +12,9 @@ from merit_ds.training.setup import Data
 from merit_ds.training.watch import Watch
 
 
-def continue_run(engine: Any, plan: Plan, data: Data, watch: Watch, *, say: Callable[[str], None]) -> int:
+def continue_run(
+    engine: Any, plan: Plan, data: Data, watch: Watch, *, say: Callable[[str], None], damaged: set[Path]
+) -> int:
     """Load the newest complete checkpoint of `run.load` into the engine. A collective.
 
     Where that is the run's own folder, a run may go on with another number of ranks, for instance after a host was
@@ -20,6 +22,7 @@ def continue_run(engine: Any, plan: Plan, data: Data, watch: Watch, *, say: Call
 
     Args:
         say: shows a line to people.
+        damaged: newer checkpoints that are not complete are added to it.
 
     Returns:
         Optimizer steps done so far; 0 where the run's own folder holds nothing to continue yet.
@@ -31,11 +34,11 @@ def continue_run(engine: Any, plan: Plan, data: Data, watch: Watch, *, say: Call
     own = continues_itself(plan.config.run)
     if own:
         with watch.untimed("converting a checkpoint to this number of ranks"):
-            resharded = reshard(engine, folder, model=model_settings(plan, data))
+            resharded = reshard(engine, folder, model=model_settings(plan, data), damaged=damaged)
         watch.at("loading a checkpoint", slow=True)
         if resharded:
             say(f"{resharded}: a checkpoint for any number of ranks")
-    state = load_checkpoint(engine, folder, model=model_settings(plan, data))
+    state = load_checkpoint(engine, folder, model=model_settings(plan, data), damaged=damaged)
     if state is None:
         if not own:
             raise InputError(f"{folder}: no checkpoint there; check run.load, or leave it out to start anew")

@@ -48,6 +48,7 @@ def check_deepspeed(values: dict[str, Any]) -> None:
         InputError: as `read_deepspeed_json` says.
     """
     model_dtype(values)
+    _check_sections(values)
     _check_zero_stage(values)
     _check_optimizer(values)
 
@@ -119,6 +120,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise InputError(f"key {key!r} is given twice in one object")
         values[key] = value
     return values
+
+
+def _check_sections(ds_config: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed knows, but not in this trainer."""
+    if "bfloat16" in ds_config:
+        raise InputError("bfloat16: write bf16")
+    if ds_config.get("sequence_parallel_size", 1) != 1:
+        raise InputError(
+            "sequence_parallel_size: DeepSpeed would divide the ranks by it, and this trainer would not; remove it "
+            "(model.sequence_parallel in the recipe splits the sequence among tensor-parallel ranks)"
+        )
+    if "activation_checkpointing" in ds_config:
+        raise InputError(
+            "activation_checkpointing is for models that call DeepSpeed's own, and this one does not: remove it, and "
+            "set model.activation_checkpointing in the recipe"
+        )
+    if section(ds_config, "data_efficiency").get("enabled"):
+        raise InputError("data_efficiency.enabled: this trainer reads its data by itself; remove data_efficiency")
+    if section(ds_config, "torch_autocast").get("enabled") and model_dtype(ds_config) == torch.float32:
+        raise InputError(
+            "torch_autocast.enabled with weights in float32: Megatron-core's backward pass fails in it; "
+            "set bf16.enabled in its place"
+        )
 
 
 def _check_zero_stage(ds_config: dict[str, Any]) -> None:

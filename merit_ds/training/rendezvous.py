@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from merit_ds.errors import InputError
+from merit_ds.errors import InputError, TransientError
 from merit_ds.training.plan import Plan, local_ranks
 
 CONNECT_SECONDS = 5.0
@@ -35,7 +35,8 @@ def open_store(plan: Plan) -> Store:
     """The rendezvous' own store: its server is rank 0, or torchrun's agent. On rank 0 keep it until the end.
 
     Raises:
-        InputError: a launcher's variable is missing; rank 0 cannot listen there, or does not within `run.timeout`.
+        InputError: a launcher's variable is missing; rank 0 cannot listen there.
+        TransientError: rank 0 does not listen within `run.timeout`, or the name is not known yet.
     """
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -63,7 +64,8 @@ def open_store(plan: Plan) -> Store:
     except (OSError, DistError, RuntimeError) as error:
         what = "rank 0 cannot listen there" if serves else f"rank {plan.rank} cannot reach rank 0 there"
         what += f": {str(error).splitlines()[0]}"
-        raise InputError(
+        late = not serves or isinstance(error, socket.gaierror)
+        raise (TransientError if late else InputError)(
             f"MASTER_ADDR:MASTER_PORT {address}:{port}: {what}; if the port is in use, choose another (--master-port); "
             "if hosts take the name for different addresses, give a number (--master-addr)"
         ) from None

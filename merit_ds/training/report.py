@@ -17,6 +17,7 @@ import torch
 from merit_ds.errors import InputError
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.manifest import write_text
+from merit_ds.training.shared_folder import VISIBLE_SECONDS, appears
 
 _PACKAGES = ("merit-ds", "torch", "deepspeed", "megatron-core", "transformer-engine", "apex", "tiktoken", "numpy")
 
@@ -118,10 +119,10 @@ class RunFolder:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         return text
 
-    def check_shared(self, text: str) -> None:
-        """Raises: InputError: this rank does not see the run.json that rank 0 has just written."""
+    def check_shared(self, text: str, *, seconds: float = VISIBLE_SECONDS) -> None:
+        """Raises: InputError: this rank does not see the run.json that rank 0 has just written, within `seconds`."""
         path = self.path / "run.json"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if not appears(lambda: path.read_text(encoding="utf-8") == text, self.path, seconds=seconds):
             raise InputError(
                 f"{self.path} is not the folder that rank 0 writes to: on several hosts share one (run.save)"
             )

@@ -38,10 +38,10 @@ def no_code(path: Path) -> Iterator[None]:
     try:
         with _known_classes():
             yield
-    except UnpicklingError as error:
+    except UnpicklingError:
         files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
         found = next(filter(None, map(_find_other, files)), f"{path}: holds more than data")
-        raise InputError(f"{found}: refused, and nothing of it was run; load what your own run wrote") from error
+        raise InputError(f"{found}: refused, and nothing of it was run; load what your own run wrote") from None
     finally:
         if before is None:
             del os.environ[_FORCE]

@@ -21,6 +21,7 @@ from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
 from merit_ds.training.deepspeed_config import model_dtype, parameter_groups
+from merit_ds.training.deepspeed_keys import check_keys
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
 from merit_ds.training.plan import Plan, continues_itself, local_ranks
@@ -47,9 +48,10 @@ def start_distributed(plan: Plan) -> None:
     """Join the process group and make Megatron-core's.
 
     Raises:
-        InputError: the rendezvous fails; a killed build left a lock on which DeepSpeed would wait forever; or
-            `run.save` holds another run's checkpoints.
+        InputError: a key of the DeepSpeed JSON is misspelt; the rendezvous fails; a killed build left a lock on which
+            DeepSpeed would wait forever; or `run.save` holds another run's checkpoints.
     """
+    check_keys(plan.ds_config, path=plan.config.run.deepspeed, quiet=plan.rank != 0)
     stand_alone()
     settle_at_exit()
     if plan.device.type != "cpu":
@@ -133,7 +135,7 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
     """The DeepSpeed engine, with the JSON's optimizer and schedule.
 
     Raises:
-        InputError: DeepSpeed does not accept the JSON.
+        InputError: DeepSpeed does not accept the JSON, or would do other steps than the plan.
     """
     try:
         engine, *_ = deepspeed.initialize(
@@ -146,8 +148,26 @@ def wrap(plan: Plan, model: torch.nn.Module) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed says of {where}: {first['msg']}") from None
-    except (AssertionError, AttributeError, TypeError, ValueError, DeepSpeedConfigError) as error:
-        # What DeepSpeed raises for an unknown type or option; a fault of our own keeps its traceback as the cause.
+    except DeepSpeedConfigError as error:
+        raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {error}") from None
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        # What DeepSpeed raises for an unknown type or option; a fault of our own looks alike: its traceback is shown.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{plan.config.run.deepspeed}: DeepSpeed does not accept it: {reason}") from error
+    _check_steps(plan, engine)
     return engine
+
+
+def _check_steps(plan: Plan, engine: Any) -> None:
+    """A key that makes DeepSpeed divide the ranks in its own way would make it skip steps, or do them twice."""
+    ranks = plan.world // plan.config.model.tensor_parallel
+    for name, here, there in (
+        ("data-parallel ranks", ranks, engine.dp_world_size),
+        ("micro-batches a step", plan.batch.accumulation, int(engine.gradient_accumulation_steps())),
+        ("sequences a step", plan.batch.global_batch, engine.train_batch_size()),
+    ):
+        if here != there:
+            raise InputError(
+                f"{plan.config.run.deepspeed}: DeepSpeed makes {there} {name} of it, where this trainer has {here}: "
+                "remove the key that does, for instance sequence_parallel_size"
+            )

@@ -50,6 +50,7 @@ class Trainer:
         self._interval = Interval(plan.device)
         self._pace = Pace(plan.device)
         self._saved_step = 0
+        self._damaged: set[Path] = set()
         self._first_step = 1
         self._doubtful = False
         self._signal = 0
@@ -69,14 +70,14 @@ class Trainer:
             InputError: nothing to continue from in another folder, another run's data order, or a `run.save` that
                 cannot be written or is not the same folder for every rank.
         """
-        run = self.plan.config.run
+        plan, run = self.plan, self.plan.config.run
         self.watch.at("loading a checkpoint", slow=True)
         if run.load:
-            self.step = self._saved_step = continue_run(self.engine, self.plan, self.data, self.watch, say=self._say)
-            self._first_step = self.step + 1
+            self.step = continue_run(self.engine, plan, self.data, self.watch, say=self._say, damaged=self._damaged)
+            self._saved_step, self._first_step = self.step, self.step + 1
         if self._folder is not None:
             folder, failing = self._folder, f"cannot begin the run in {run.save}"
-            description = {"config": self.plan.config.model_dump(), "deepspeed": self.plan.ds_config}
+            description = {"config": plan.config.model_dump(), "deepspeed": plan.ds_config}
             text = from_rank_zero(lambda: folder.begin(description, step=self.step), failing=failing)
             together(lambda: folder.check_shared(text), failing=failing)
 
@@ -267,6 +268,7 @@ class Trainer:
             model=model_settings(self.plan, self.data),
             client_state={"step": self.step, "ranks": self.plan.world, "order": data_order(self.plan, self.data)},
             keep=run.keep_checkpoints,
+            damaged=self._damaged,
         )
         self._saved_step = self.step
         self._say(f" saved checkpoint {path} in {time.perf_counter() - start:.1f} s")

@@ -23,7 +23,7 @@ from types import TracebackType
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
-from merit_ds.errors import InputError
+from merit_ds.errors import InputError, TransientError
 from merit_ds.training.guard import judge
 from merit_ds.training.plan import Plan, local_ranks
 from merit_ds.training.rendezvous import listen, open_store, own_address, wait_for
@@ -42,7 +42,7 @@ class Watch:
     on to the other ranks' guards as the reason.
 
     Raises:
-        InputError: rank 0 cannot be reached within `run.timeout`.
+        TransientError: rank 0 cannot be reached within `run.timeout`.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -165,7 +165,7 @@ def _find_court(store: Store, *, timeout: float) -> dict[str, object]:
             return court
         except (OSError, DistError, RuntimeError) as error:
             if time.monotonic() > deadline:
-                raise InputError(
+                raise TransientError(
                     f"rank 0's guard on {os.environ['MASTER_ADDR']} cannot be reached: {str(error).splitlines()[0]}"
                 ) from None
         time.sleep(0.5)

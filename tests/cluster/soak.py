@@ -96,7 +96,9 @@ def one_kill(hosts: Hosts, folder: Path, chance: random.Random, *, begin: int, e
     found = find_victims(hosts, victim)
     if moment == "save":
         step = time.time()
-        job.wait_until(lambda: job.is_newer(save / UNFINISHED, step), process, every=0.0005)
+        job.wait_until(
+            lambda: any(job.is_newer(path, step) for path in save.glob(f"{UNFINISHED}*")), process, every=0.0005
+        )
         time.sleep(0.1 * pause)
     elif moment == "step":
         time.sleep(0.3 * pause)
