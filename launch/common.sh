@@ -12,15 +12,16 @@ usage() {
     exit 0
 }
 
-# find_recipe NAME: a YAML, or the name of one in configs/. Sets `recipe`, and `folder`: where the run's checkpoints are
-# saved to and continued from, so that one command serves the first start and every further one.
+# find_recipe NAME: a YAML, or the name of one in configs/. Sets `recipe`; `folder`, where the run's checkpoints go where
+# nothing else says it; and `saving`, by which one command serves the first start and every further one.
 find_recipe() {
     [[ -n ${1:-} ]] || fail "which recipe? For instance quickstart; --help tells more"
     recipe=$1
     [[ -f $recipe ]] || recipe=${root:?}/configs/$1.yaml
     [[ -f $recipe ]] || fail "$1: no such recipe; give a YAML, or one of configs/: $(cd "$root/configs" && echo *.yaml)"
-    # shellcheck disable=SC2034 # for the script that sources this
     folder=runs/$(basename "$recipe" .yaml)
+    # shellcheck disable=SC2034 # for the script that sources this
+    saving=(--default-save "$folder" --resume)
 }
 
 # need COMMAND: is it on the PATH?

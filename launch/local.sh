@@ -8,7 +8,8 @@
 #   --master-port P  where the ranks meet (default 29500); two runs on one machine need two
 #   ARGUMENT...      passed on to pretrain_gpt.py, for instance --set run.save_interval=100
 #
-# Checkpoints go to runs/RECIPE, and the same command continues from the newest there. Ctrl-C and SIGTERM save and stop.
+# Checkpoints go to run.save or runs/RECIPE, and the same command continues from the newest there. Ctrl-C and SIGTERM
+# save and stop.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -29,4 +30,4 @@ done
 need deepspeed
 
 run_group deepspeed "${ranks[@]}" --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
-    --save "$folder" --load "$folder" "$@"
+    "${saving[@]}" "$@"

@@ -40,13 +40,13 @@ done
 need deepspeed
 
 python -m merit_ds.preflight "$recipe" --nodes "$nodes" --node-rank "$node_rank" --slots "$ranks" \
-    --master-port "$port" --save "$folder" --load "$folder" "$@"
+    --master-port "$port" "${saving[@]}" "$@"
 
 # DeepSpeed takes the numbers of nodes and ranks from a hostfile, also where it connects to none of its hosts.
 hostfile=$(mktemp)
 for ((node = 0; node < nodes; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
 run_group deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address" \
-    --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" --save "$folder" --load "$folder" "$@" &&
+    --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" "${saving[@]}" "$@" &&
     status=0 || status=$?
 rm -f "$hostfile"
 exit "$status"

@@ -12,8 +12,8 @@
 #   ARGUMENT...          passed on to pretrain_gpt.py
 #
 # A preflight looks at this node first. Nodes are numbered as they come. The environment is that of each node: nothing
-# travels. Checkpoints go to runs/RECIPE, which must be one folder for all nodes. SIGTERM saves and stops, within the 300
-# seconds of TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+# travels. Checkpoints go to run.save or runs/RECIPE, which must be one folder for all nodes. SIGTERM saves and stops,
+# within the 300 seconds of TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -41,7 +41,7 @@ need torchrun
 
 # On several nodes, without --node-rank, it looks at no port: the rendezvous settles which node listens.
 python -m merit_ds.preflight "$recipe" --nodes "${nodes##*:}" --fewest-nodes "${nodes%%:*}" --slots "$ranks" \
-    --master-port "$port" --save "$folder" --load "$folder" "$@"
+    --master-port "$port" "${saving[@]}" "$@"
 
 # Each attempt gets a store of its own: in the rendezvous' own the ranks would find the addresses of the attempt before,
 # and gloo fails where it connects to them (torch 2.13).
@@ -50,4 +50,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$restarts" --rdzv-backend c10d \
     --rdzv-endpoint "$address:$port" --rdzv-id "$(basename "$folder")" "$root/pretrain_gpt.py" --config "$recipe" \
-    --save "$folder" --load "$folder" "$@"
+    "${saving[@]}" "$@"
