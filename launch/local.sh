@@ -18,16 +18,10 @@ source "$root/launch/common.sh"
 [[ ${1:-} != --help ]] || usage "$0"
 find_recipe "${1:-}"
 shift
-ranks=() port=29500
-while [[ ${1:-} =~ ^--(ranks|master-port)$ ]]; do
-    given "$@"
-    case $1 in
-    --ranks) ranks=(--num_gpus "$2") ;;
-    --master-port) port=$2 ;;
-    esac
-    shift 2
-done
+sort_options "ranks master-port" "$@"
+ranks=${own[ranks]:-}
+port=${own[master-port]:-29500}
 need deepspeed
 
-run_group deepspeed "${ranks[@]}" --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
-    "${saving[@]}" "$@"
+run_group deepspeed ${ranks:+--num_gpus "$ranks"} --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
+    "${saving[@]}" "${rest[@]}"

@@ -23,17 +23,11 @@ source "$root/launch/common.sh"
 [[ ${1:-} != --help ]] || usage "$0"
 find_recipe "${1:-}"
 shift
-hostfile="" address="" port=29500 ssh_port=()
-while [[ ${1:-} =~ ^--(hostfile|ssh-port|master-addr|master-port)$ ]]; do
-    given "$@"
-    case $1 in
-    --hostfile) hostfile=$2 ;;
-    --ssh-port) ssh_port=("$2") ;;
-    --master-addr) address=$2 ;;
-    --master-port) port=$2 ;;
-    esac
-    shift 2
-done
+sort_options "hostfile ssh-port master-addr master-port" "$@"
+hostfile=${own[hostfile]:-}
+ssh_port=${own[ssh-port]:-}
+address=${own[master-addr]:-}
+port=${own[master-port]:-29500}
 [[ -n $hostfile ]] || fail "which hosts? --hostfile FILE, with a line like: node1 slots=8"
 [[ -f $hostfile ]] || fail "$hostfile: no such hostfile; write one with a line like: node1 slots=8"
 need deepspeed
@@ -41,11 +35,11 @@ need pdsh
 # The first host's name, as the hostfile has it.
 address=${address:-$(awk '!/^[[:space:]]*(#|$)/ {print $1; exit}' "$hostfile")}
 
-python -m merit_ds.preflight "$recipe" --hostfile "$hostfile" "${ssh_port[@]/#/--ssh-port=}" --master-addr "$address" \
-    --master-port "$port" "${saving[@]}" "$@"
+python -m merit_ds.preflight "$recipe" --hostfile "$hostfile" ${ssh_port:+"--ssh-port=$ssh_port"} \
+    --master-addr "$address" --master-port "$port" "${saving[@]}" "${rest[@]}"
 
 # pdsh would wait forever for a host that has died: ssh gives it up after 30 s without an answer.
 export PDSH_SSH_ARGS_APPEND="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-exec deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --launcher pdsh "${ssh_port[@]/#/--ssh_port=}" \
+exec deepspeed --hostfile "$hostfile" --force_multi --no_ssh_check --launcher pdsh ${ssh_port:+"--ssh_port=$ssh_port"} \
     --master_addr "$address" --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
-    "${saving[@]}" "$@"
+    "${saving[@]}" "${rest[@]}"
