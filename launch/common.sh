@@ -12,15 +12,16 @@ usage() {
     exit 0
 }
 
-# find_recipe NAME: a YAML, or the name of one in configs/. Sets `recipe`, and `folder`: where the run's checkpoints are
-# saved to and continued from, so that one command serves the first start and every further one.
+# find_recipe NAME: a YAML, or the name of one in configs/. Sets `recipe`; `folder`, where the run's checkpoints go if
+# nothing else says it; and `saving`, by which one command serves the first start and every further one.
 find_recipe() {
     [[ -n ${1:-} ]] || fail "which recipe? For instance quickstart; --help tells more"
     recipe=$1
     [[ -f $recipe ]] || recipe=${root:?}/configs/$1.yaml
     [[ -f $recipe ]] || fail "$1: no such recipe; give a YAML, or one of configs/: $(cd "$root/configs" && echo *.yaml)"
-    # shellcheck disable=SC2034 # for the script that sources this
     folder=runs/$(basename "$recipe" .yaml)
+    # shellcheck disable=SC2034 # for the script that sources this
+    saving=(--default-save "$folder" --resume)
 }
 
 # need COMMAND: is it on the PATH?
@@ -28,9 +29,36 @@ need() {
     command -v "$1" >/dev/null || fail "$1 is not on the PATH: install it, or activate the environment it is in"
 }
 
-# given OPTION VALUE: has the option a value?
-given() {
-    [[ -n ${2:-} ]] || fail "$1 needs a value; --help tells more"
+declare -A own=()
+
+# sort_options "NAME..." ARGUMENT...: the values of the script's own options, wherever they stand, go into `own`, and
+# everything else, which is the trainer's, into `rest`.
+sort_options() {
+    local names=" $1 " name
+    shift
+    rest=()
+    while (($#)); do
+        name=${1#--}
+        name=${name%%=*}
+        if [[ $1 != --* || $names != *" $name "* ]]; then
+            rest+=("$1")
+            shift
+            continue
+        fi
+        if [[ $1 == *=* ]]; then set -- "--$name" "${1#*=}" "${@:2}"; fi
+        [[ -n ${2:-} ]] || fail "$1 needs a value; --help tells more"
+        own[$name]=$2
+        shift 2
+    done
+}
+
+# need_options NAME...: were they given?
+need_options() {
+    local name missing=()
+    for name in "$@"; do
+        [[ -n ${own[$name]:-} ]] || missing+=("--$name")
+    done
+    [[ -z ${missing[*]} ]] || fail "${missing[*]}: needed as well; --help tells more"
 }
 
 # wait_for PID: its status when it ends, however many trapped signals interrupt the waiting.

@@ -8,7 +8,8 @@
 #   --master-port P  where the ranks meet (default 29500); two runs on one machine need two
 #   ARGUMENT...      passed on to pretrain_gpt.py, for instance --set run.save_interval=100
 #
-# Checkpoints go to runs/RECIPE, and the same command continues from the newest there. Ctrl-C and SIGTERM save and stop.
+# Checkpoints go to run.save or runs/RECIPE, and the same command continues from the newest there. Ctrl-C and SIGTERM
+# save and stop.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -17,16 +18,10 @@ source "$root/launch/common.sh"
 [[ ${1:-} != --help ]] || usage "$0"
 find_recipe "${1:-}"
 shift
-ranks=() port=29500
-while [[ ${1:-} =~ ^--(ranks|master-port)$ ]]; do
-    given "$@"
-    case $1 in
-    --ranks) ranks=(--num_gpus "$2") ;;
-    --master-port) port=$2 ;;
-    esac
-    shift 2
-done
+sort_options "ranks master-port" "$@"
+ranks=${own[ranks]:-}
+port=${own[master-port]:-29500}
 need deepspeed
 
-run_group deepspeed "${ranks[@]}" --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
-    --save "$folder" --load "$folder" "$@"
+run_group deepspeed ${ranks:+--num_gpus "$ranks"} --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" \
+    "${saving[@]}" "${rest[@]}"

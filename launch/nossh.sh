@@ -12,8 +12,8 @@
 #   ARGUMENT...          passed on to pretrain_gpt.py
 #
 # A preflight looks at this node first. The environment is that of each node: nothing travels. Checkpoints go to
-# runs/RECIPE, which must be one folder for all nodes, and the same commands continue from the newest there. SIGTERM
-# saves and stops: a pod needs a terminationGracePeriodSeconds above the 30 s that DeepSpeed gives its ranks.
+# run.save or runs/RECIPE, which must be one folder for all nodes, and the same commands continue from the newest there.
+# SIGTERM saves and stops: a pod needs a terminationGracePeriodSeconds above the 30 s that DeepSpeed gives its ranks.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -22,31 +22,23 @@ source "$root/launch/common.sh"
 [[ ${1:-} != --help ]] || usage "$0"
 find_recipe "${1:-}"
 shift
-nodes="" node_rank="" address="" ranks="" port=29500
-while [[ ${1:-} =~ ^--(nodes|node-rank|master-addr|ranks-per-node|master-port)$ ]]; do
-    given "$@"
-    case $1 in
-    --nodes) nodes=$2 ;;
-    --node-rank) node_rank=$2 ;;
-    --master-addr) address=$2 ;;
-    --ranks-per-node) ranks=$2 ;;
-    --master-port) port=$2 ;;
-    esac
-    shift 2
-done
-for needed in nodes node_rank address ranks; do
-    [[ -n ${!needed} ]] || fail "--nodes, --node-rank, --master-addr and --ranks-per-node are needed; --help tells more"
-done
+sort_options "nodes node-rank master-addr ranks-per-node master-port" "$@"
+need_options nodes node-rank master-addr ranks-per-node
+nodes=${own[nodes]}
+node_rank=${own[node-rank]}
+address=${own[master-addr]}
+ranks=${own[ranks-per-node]}
+port=${own[master-port]:-29500}
 need deepspeed
 
 python -m merit_ds.preflight "$recipe" --nodes "$nodes" --node-rank "$node_rank" --slots "$ranks" \
-    --master-port "$port" --save "$folder" --load "$folder" "$@"
+    --master-port "$port" "${saving[@]}" "${rest[@]}"
 
 # DeepSpeed takes the numbers of nodes and ranks from a hostfile, also where it connects to none of its hosts.
 hostfile=$(mktemp)
 for ((node = 0; node < nodes; node++)); do echo "node$node slots=$ranks"; done >"$hostfile"
 run_group deepspeed --hostfile "$hostfile" --no_ssh --node_rank "$node_rank" --master_addr "$address" \
-    --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" --save "$folder" --load "$folder" "$@" &&
+    --master_port "$port" "$root/pretrain_gpt.py" --config "$recipe" "${saving[@]}" "${rest[@]}" &&
     status=0 || status=$?
 rm -f "$hostfile"
 exit "$status"

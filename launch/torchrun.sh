@@ -7,13 +7,14 @@
 #   --nodes N            how many there are; MIN:MAX starts with what has come, and goes on with fewer after a failure
 #   --ranks-per-node R   GPUs of a node
 #   --master-addr A      a node that all know by this address, for the rendezvous; it must outlive the others
+#   --local-addr A       this node as the others know it, where they do not resolve its own name
 #   --master-port P      where the nodes meet (default 29400)
 #   --max-restarts K     how often a failure restarts the ranks (default 3)
 #   ARGUMENT...          passed on to pretrain_gpt.py
 #
 # A preflight looks at this node first. Nodes are numbered as they come. The environment is that of each node: nothing
-# travels. Checkpoints go to runs/RECIPE, which must be one folder for all nodes. SIGTERM saves and stops, within the 300
-# seconds of TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
+# travels. Checkpoints go to run.save or runs/RECIPE, which must be one folder for all nodes. SIGTERM saves and stops,
+# within the 300 seconds of TORCH_ELASTIC_SHUTDOWN_TIMEOUT.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/common.sh
@@ -22,26 +23,19 @@ source "$root/launch/common.sh"
 [[ ${1:-} != --help ]] || usage "$0"
 find_recipe "${1:-}"
 shift
-nodes="" address="" ranks="" port=29400 restarts=3
-while [[ ${1:-} =~ ^--(nodes|master-addr|ranks-per-node|master-port|max-restarts)$ ]]; do
-    given "$@"
-    case $1 in
-    --nodes) nodes=$2 ;;
-    --master-addr) address=$2 ;;
-    --ranks-per-node) ranks=$2 ;;
-    --master-port) port=$2 ;;
-    --max-restarts) restarts=$2 ;;
-    esac
-    shift 2
-done
-for needed in nodes address ranks; do
-    [[ -n ${!needed} ]] || fail "--nodes, --master-addr and --ranks-per-node are needed; --help tells more"
-done
+sort_options "nodes ranks-per-node master-addr local-addr master-port max-restarts" "$@"
+need_options nodes ranks-per-node master-addr
+nodes=${own[nodes]}
+ranks=${own[ranks-per-node]}
+address=${own[master-addr]}
+own_address=${own[local-addr]:-}
+port=${own[master-port]:-29400}
+restarts=${own[max-restarts]:-3}
 need torchrun
 
 # On several nodes, without --node-rank, it looks at no port: the rendezvous settles which node listens.
 python -m merit_ds.preflight "$recipe" --nodes "${nodes##*:}" --fewest-nodes "${nodes%%:*}" --slots "$ranks" \
-    --master-port "$port" --save "$folder" --load "$folder" "$@"
+    --master-port "$port" "${saving[@]}" "${rest[@]}"
 
 # Each attempt gets a store of its own: in the rendezvous' own the ranks would find the addresses of the attempt before,
 # and gloo fails where it connects to them (torch 2.13).
@@ -49,5 +43,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # What ranks have to save in when the script gets a signal; torch's default is 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "$restarts" --rdzv-backend c10d \
-    --rdzv-endpoint "$address:$port" --rdzv-id "$(basename "$folder")" "$root/pretrain_gpt.py" --config "$recipe" \
-    --save "$folder" --load "$folder" "$@"
+    --rdzv-endpoint "$address:$port" ${own_address:+--local-addr "$own_address"} --rdzv-id "$(basename "$folder")" \
+    "$root/pretrain_gpt.py" --config "$recipe" "${saving[@]}" "${rest[@]}"

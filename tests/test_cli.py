@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an error ends a command: its lines, and the status that tells whether to try again."""
+"""Where a run saves to and continues from; how an error ends a command: its lines, and its status."""
 
+import argparse
 import sys
+from pathlib import Path
 
 import pytest
 
 from merit_ds.errors import InputError, TransientError, UnsupportedError
-from merit_ds.training.cli import report_errors
+from merit_ds.training.cli import add_arguments, report_errors, resolve_config
 
 
 def ended(error: BaseException, cause: BaseException | None = None) -> int:
@@ -48,3 +50,35 @@ def test_a_fault_beneath_an_error_keeps_its_traceback(
 def test_what_may_go_well_at_another_time_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(TransientError("the disk is full")) == 75
     assert capsys.readouterr().err == "error: the disk is full\n"
+
+
+RECIPE = """
+model: {num_layers: 2, hidden_size: 36, num_attention_heads: 3}
+data: {prefix: data, tokenizer: byte}
+run: {deepspeed: ds.json, train_tokens: 10240%s}
+"""
+LAUNCHER = ["--default-save", "default", "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "save", "load"),
+    [
+        ("", [], None, None),
+        ("", ["--resume"], None, None),
+        ("", LAUNCHER, "default", "default"),
+        (", save: yaml", LAUNCHER, "yaml", "yaml"),
+        (", save: yaml", [*LAUNCHER, "--save", "other"], "other", "other"),
+        (", save: yaml", [*LAUNCHER, "--set", "run.save=set"], "set", "set"),
+        ("", [*LAUNCHER, "--set", "run.save=null"], None, None),
+        ("", [*LAUNCHER, "--load", "another"], "default", "another"),
+    ],
+)
+def test_where_a_run_saves_to_and_continues_from(
+    tmp_path: Path, recipe: str, arguments: list[str], save: str | None, load: str | None
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE % recipe)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run = resolve_config(parser.parse_args(["--config", str(path), *arguments])).run
+    assert (run.save, run.load) == (save, load)

@@ -49,14 +49,41 @@ def test_help_and_plain_errors(name: str, tmp_path: Path) -> None:
         (["multinode.sh", "quickstart"], "which hosts? --hostfile FILE, with a line like: node1 slots=8"),
         (["multinode.sh", "quickstart", "--hostfile"], "--hostfile needs a value; --help tells more"),
         (["multinode.sh", "quickstart", "--hostfile", "none"], "none: no such hostfile; write one"),
-        (["nossh.sh", "quickstart", "--nodes", "2"], "--nodes, --node-rank, --master-addr and --ranks-per-node"),
-        (["torchrun.sh", "quickstart"], "--nodes, --master-addr and --ranks-per-node are needed"),
+        (["nossh.sh", "quickstart", "--nodes", "2"], "--node-rank --master-addr --ranks-per-node: needed as well"),
+        (
+            ["torchrun.sh", "quickstart", "--set", "a.b=1", "--nodes", "2"],
+            "--ranks-per-node --master-addr: needed as well",
+        ),
         (["slurm.sbatch", "quickstart"], "hand it to sbatch; --help shows how"),
     ],
 )
 def test_what_is_missing_is_named(command: list[str], says: str) -> None:
     refused = run("bash", str(LAUNCH / command[0]), *command[1:])
     assert refused.returncode == 1 and refused.stderr.startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize(
+    ("script", "own", "expected"),
+    [
+        ("local.sh", ["--ranks", "3", "--master-port=7"], "deepspeed --num_gpus 3 --master_port 7 PRETRAIN --config"),
+        (
+            "torchrun.sh",
+            ["--nodes", "1:2", "--ranks-per-node=4", "--master-addr", "h0", "--local-addr", "h1.ib"],
+            "torchrun --nnodes 1:2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint h0:29400 "
+            "--local-addr h1.ib --rdzv-id quickstart PRETRAIN --config",
+        ),
+    ],
+)
+def test_a_script_s_own_options_may_stand_anywhere(script: str, own: list[str], expected: str, tmp_path: Path) -> None:
+    """What starts the ranks only shows its arguments; the recipe's run.save is left to the trainer."""
+    for name in ("deepspeed", "torchrun", "python"):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "${0##*/}" = python ] || echo "${0##*/} $*"\n')
+        (tmp_path / name).chmod(0o755)
+    arguments = ["--set", "run.seed=7", *own, "--keep", "1"]
+    finished = run("bash", str(LAUNCH / script), "quickstart", *arguments, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert finished.stderr == ""
+    recipe = f"{REPOSITORY}/configs/quickstart.yaml --default-save runs/quickstart --resume --set run.seed=7 --keep 1\n"
+    assert finished.stdout == f"{expected} {recipe}".replace("PRETRAIN", f"{REPOSITORY}/pretrain_gpt.py")
 
 
 def test_a_missing_environment_is_named() -> None:
@@ -123,7 +150,7 @@ STAND_INS = {
     "srun": """
 case "$*" in
 *preflight.facts*) echo "$MEETING" >>meetings; [ "$SLOW" != preflight ] || exec sleep 12; exit "$PREFLIGHT" ;;
-*) [ "$SLOW" != train ] || exec sleep 12; exit "$TRAIN" ;;
+*) echo "$MASTER_ADDR" >>addresses; [ "$SLOW" != train ] || exec sleep 12; exit "$TRAIN" ;;
 esac""",
     "scontrol": 'case "$1" in hostnames) ;; requeue) echo requeue ;; *) echo h0 ;; esac',
     "python": "cat >/dev/null",
@@ -140,11 +167,13 @@ def slurm_job(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
 
-    def start(preflight: int = 0, train: int = 0, *, restarts: int = 0, slow: str = "") -> "subprocess.Popen[str]":
+    def start(
+        preflight: int = 0, train: int = 0, *arguments: str, restarts: int = 0, slow: str = ""
+    ) -> "subprocess.Popen[str]":
         numbers = {"JOB_ID": 7, "NTASKS_PER_NODE": 1, "NNODES": 1, "JOB_NODELIST": "h0", "RESTART_COUNT": restarts}
         variables = {f"SLURM_{name}": str(value) for name, value in numbers.items()}
         variables |= {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PREFLIGHT": str(preflight), "TRAIN": str(train)}
-        command = ["bash", "launch/slurm.sbatch", "quickstart"]
+        command = ["bash", "launch/slurm.sbatch", "quickstart", *arguments]
         return subprocess.Popen(
             command, cwd=tmp_path, env=variables | {"SLOW": slow}, stdout=subprocess.PIPE, text=True
         )
@@ -171,6 +200,16 @@ def test_a_slurm_job_that_fails_is_queued_again_where_that_may_help(
     output, _ = process.communicate(timeout=60)
     assert (process.returncode, "requeue" in output.split()) == (status, again), output
     assert ("restart 1 of 10" in output) == again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"), [([], "h0"), (["--set", "run.seed=7", "--master-addr", "%h.cluster"], "h0.cluster")]
+)
+def test_a_slurm_job_s_first_node_may_have_another_name(
+    slurm_job: Any, tmp_path: Path, arguments: list[str], address: str
+) -> None:
+    assert slurm_job(0, 0, *arguments).wait(timeout=60) == 0
+    assert (tmp_path / "addresses").read_text() == f"{address}\n"
 
 
 def test_a_slurm_job_s_failures_are_counted_from_its_newest_checkpoint(slurm_job: Any, tmp_path: Path) -> None:

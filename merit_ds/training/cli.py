@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's command line, and how its errors look to a person."""
+"""The trainer's command line, and how its errors look to a person.
+
+`python -m merit_ds.training.cli` takes the same arguments, and prints the folder that the run would save to.
+"""
 
 import argparse
 import json
@@ -24,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="the recipe; see configs/")
     parser.add_argument("--save", metavar="DIR", help="checkpoints and reports of the run (run.save)")
     parser.add_argument("--load", metavar="DIR", help="continue from the newest complete checkpoint in it (run.load)")
+    parser.add_argument(
+        "--default-save", metavar="DIR", help="run.save where neither the recipe nor another option says anything of it"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the newest complete checkpoint in run.save, if there is one",
+    )
     parser.add_argument("--save-interval", type=int, metavar="N", help="steps between checkpoints (run.save_interval)")
     parser.add_argument("--keep", type=int, metavar="N", help="complete checkpoints that stay (run.keep_checkpoints)")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="in place of the recipe's (run.deepspeed)")
@@ -41,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def resolve_config(arguments: argparse.Namespace) -> Config:
     """The recipe with the command line's values in it.
 
+    `--default-save` and `--resume` give way to a value of `run.save` or `run.load`, whoever set it.
+
     Raises:
         InputError: the recipe or a value is not valid.
     """
@@ -52,7 +65,13 @@ def resolve_config(arguments: argparse.Namespace) -> Config:
         "run.deepspeed": arguments.deepspeed_config,
     }
     given = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    return load_config(arguments.config, overrides=arguments.set + given)
+    config = load_config(arguments.config, overrides=arguments.set + given)
+    run = config.run
+    if "save" not in run.model_fields_set:
+        run = run.model_copy(update={"save": arguments.default_save})
+    if arguments.resume and "load" not in run.model_fields_set:
+        run = run.model_copy(update={"load": run.save})
+    return config.model_copy(update={"run": run})
 
 
 @contextmanager
@@ -86,3 +105,10 @@ def _fault(error: InputError) -> BaseException | None:
     while isinstance(cause, InputError):
         cause = cause.__cause__
     return None if isinstance(cause, (OSError, UnsupportedError)) else cause
+
+
+if __name__ == "__main__":
+    trainer = argparse.ArgumentParser()
+    add_arguments(trainer)
+    with report_errors():
+        print(resolve_config(trainer.parse_args()).run.save or "")
