@@ -157,6 +157,18 @@ def test_rates_close_to_the_best_run_with_all_seeds_before_one_is_chosen(load):
     }
 
 
+def test_a_list_also_grows_where_all_seeds_have_put_the_best_at_its_edge(load):
+    """On seed 1 the best is inside; with the others it is the highest, and the next one's first seed is wanted."""
+    study = load(CLOSE | {"batch: [8, 48], lr: {": "batch: [8, 48], extend: 1, lr: {"})
+    losses = {"MERIT-b8-lr0.01-s1": 1.7, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.04-s1": 1.55}
+    losses |= {f"MERIT-b8-lr{lr}-s{seed}": loss for lr, loss in (("0.02", 1.9), ("0.04", 1.5)) for seed in (2, 3)}
+    expansion = expand(study, losses)
+    assert "MERIT-b8-lr0.08-s1" in ids(expansion) and "MERIT-b8-lr0.08-s2" not in ids(expansion)
+    assert expansion.tunings[MERIT].best is None
+    tuning = expand(study, losses | {"MERIT-b8-lr0.08-s1": 2.0}).tunings[MERIT]
+    assert (tuning.best, tuning.edge, tuning.added) == (0.04, None, 1)
+
+
 def test_a_best_rate_that_is_far_ahead_runs_alone(load):
     losses = {"MERIT-b8-lr0.01-s1": 1.7, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.04-s1": 1.7}
     expansion = expand(load(CLOSE), losses)

@@ -102,7 +102,6 @@ def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
         InputError: a grid asks for the best of rates that no grid lists.
     """
     tunings, lists = _tunings(study, losses)
-    _compare_close_rates(study, tunings, lists, losses)
     points: dict[str, Point] = {}
     for listed in lists.values():
         for point in listed:
@@ -128,33 +127,23 @@ def expand(study: Study, losses: Mapping[str, float]) -> Expansion:
 
 
 def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuning], dict[Cell, list[Point]]]:
-    """The state of each list of learning rates, and its runs."""
+    """The state of each list of learning rates, and its runs, those that `extend` and `within` ask for included."""
     lists: dict[Cell, list[Point]] = {}
     extend: dict[Cell, int] = {}
+    closer: dict[Cell, list[Grid]] = {}
     for grid in study.grids:
-        if grid.lr != BEST:
-            for cell in _cells(study, grid):
+        for cell in _cells(study, grid):
+            if grid.lr != BEST:
                 rates = grid.learning_rates(cell.optimizer)
                 lists.setdefault(cell, []).extend(_points(study, grid, cell, rates))
                 extend[cell] = max(extend.get(cell, 0), grid.extend)
-    tunings = {cell: _tune(study, listed, losses, extend=extend[cell]) for cell, listed in lists.items()}
+            elif grid.within:
+                closer.setdefault(cell, []).append(grid)
+    tunings = {
+        cell: _tune(study, listed, losses, extend=extend[cell], closer=closer.get(cell, []))
+        for cell, listed in lists.items()
+    }
     return tunings, lists  # to which _tune has added
-
-
-def _compare_close_rates(
-    study: Study, tunings: dict[Cell, Tuning], lists: dict[Cell, list[Point]], losses: Mapping[str, float]
-) -> None:
-    """Add to the lists the runs that `within` asks for, and decide anew where they are finished."""
-    for grid in study.grids:
-        for cell in _cells(study, grid) if grid.within else ():
-            tuning = tunings.get(cell)
-            lowest = None if tuning is None or tuning.best is None else tuning.losses[tuning.best]
-            if tuning is None or lowest is None:
-                continue
-            close = [rate for rate, loss in tuning.losses.items() if loss is not None and loss <= lowest + grid.within]
-            if len(close) > 1:
-                lists[cell] += _points(study, grid, cell, close)
-                tunings[cell] = _compare(cell, lists[cell], losses, added=tuning.added)
 
 
 def _cells(study: Study, grid: Grid) -> list[Cell]:
@@ -188,22 +177,36 @@ def _id(study: Study, cell: Cell, rate: float, seed: int) -> str:
     return "-".join(parts)
 
 
-def _tune(study: Study, listed: list[Point], losses: Mapping[str, float], *, extend: int) -> Tuning:
+def _tune(study: Study, listed: list[Point], losses: Mapping[str, float], *, extend: int, closer: list[Grid]) -> Tuning:
     """Compare the rates in `listed`, to which rates are added, at most `extend`, while the best is at an edge.
 
-    A list's step goes on from its end; from a single rate it is 2.
+    A list's step goes on from its end; from a single rate it is 2. The runs that `closer`, grids with `within`, ask for
+    are added at the end.
     """
     cell, grid, added = listed[0].cell, listed[0].grid, 0
+    seeds = list(dict.fromkeys(point.seed for point in listed))
     while True:
         tuning = _compare(cell, listed, losses, added=added)
+        close = [point for other in closer for point in _close(study, other, tuning)]
+        if close:
+            tuning = _compare(cell, listed + close, losses, added=added)
         edge = "low" if tuning.diverged else tuning.edge
         if edge is None or added == extend:
+            listed += close
             return tuning
         rates = list(tuning.losses) if edge == "low" else list(tuning.losses)[::-1]
         rate = float(f"{rates[0] * rates[0] / (rates[1] if len(rates) > 1 else 2 * rates[0]):.6g}")
-        seeds = dict.fromkeys(point.seed for point in listed)
         listed += [Point(cell, rate, seed, _id(study, cell, rate, seed), grid) for seed in seeds]
         added += 1
+
+
+def _close(study: Study, grid: Grid, tuning: Tuning) -> list[Point]:
+    """The runs, with the grid's seeds, of the rates that are `within` of the best; none where it is alone."""
+    lowest = None if tuning.best is None else tuning.losses[tuning.best]
+    if lowest is None:
+        return []
+    close = [rate for rate, loss in tuning.losses.items() if loss is not None and loss <= lowest + grid.within]
+    return _points(study, grid, tuning.cell, close) if len(close) > 1 else []
 
 
 def _compare(cell: Cell, listed: list[Point], losses: Mapping[str, float], *, added: int) -> Tuning:
