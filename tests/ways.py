@@ -81,7 +81,9 @@ class Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[tuple[str, str]] = []
-        logging.getLogger("merit_ds").addHandler(self)
+        logger = logging.getLogger("merit_ds")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)  # who has a handler of his own says what it is to get
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append((record.levelname, record.getMessage()))
