@@ -182,14 +182,19 @@ def _shown(label: str, study: str) -> str:
 
 
 def differences(families: Iterable[Family]) -> str | None:
-    """What tells the models and corpora apart, "small: hidden_size 64; large: hidden_size 256"; None: nothing."""
+    """What tells the models and corpora apart, "small: hidden_size 64; large: hidden_size 256"; None: nothing.
+
+    A setting that a model leaves at its default is left out.
+    """
     models = {family.model: dict(family.settings) for family in families}
     keys = {key: None for settings in models.values() for key in settings}
     differing = [key for key in keys if len({settings.get(key) for settings in models.values()}) > 1]
     if not differing:
         return None
-    texts = {name: [f"{key} {values.get(key, 'default')[:12]}" for key in differing] for name, values in models.items()}
-    return "; ".join(f"{name}: {', '.join(text)}" for name, text in texts.items())
+    texts = {
+        name: [f"{key} {values[key][:12]}" for key in differing if key in values] for name, values in models.items()
+    }
+    return "; ".join(f"{name}: {', '.join(text) or 'defaults'}" for name, text in texts.items())
 
 
 def distinct(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
