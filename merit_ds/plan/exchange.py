@@ -68,13 +68,14 @@ def exchange_of(
 def _layouts(
     parameters: Sequence[Tensor], optimizer: Optimizer, ranks: int, sharded: bool, rank: int
 ) -> list[ShardLayout]:
-    """One of a rank's slice of all parameters; unsharded, one of each parameter, frozen ones too."""
+    """One of a rank's slice of all parameters that are trained; unsharded, one of each."""
     if sharded:
         matrices, length = flat_matrices(parameters, settings=optimizer.settings)
         return [ShardLayout.build(matrices, bounds=zero_bounds(length, ranks), rank=rank)]
     return [
         ShardLayout.build(logical_matrices(one, optimizer.settings), bounds=[0, one.numel()], rank=0)
         for one in parameters
+        if one.requires_grad
     ]
 
 
