@@ -128,17 +128,22 @@ def test_times_that_disagree_are_said_and_not_drawn(tmp_path):
     for seed in (1, 2, 3):
         slow = write_run(tmp_path / "times", optimizer="AdamW", batch=64, lr=2e-3, seed=seed)
     write_run(tmp_path / "times", optimizer="MERIT", batch=64, lr=1e-2, seed=1)
-    assert [row[4][5:] for row in _cost_rows(tmp_path / "times")] == ["", " (of a single run)"]  # behind the ratio
+    write_run(tmp_path / "times", optimizer="LAMB", batch=64, lr=1e-2, seed=1)
+    single = " (of a single run)"
+    assert [row[4][5:] for row in _cost_rows(tmp_path / "times")] == ["", single, single]  # behind the ratio
     rows = [json.loads(line) for line in (slow / "metrics.jsonl").read_text().splitlines()]
     rows = [row | {"seconds": 2 * row["seconds"]} if "seconds" in row else row for row in rows]
     (slow / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row[4] for row in _cost_rows(tmp_path / "times")] == [
         "times disagree: 0.182 to 0.364 s",
         "AdamW's disagree",
+        "AdamW's disagree",
     ]
     (picture, _) = cost_section(read_study(tmp_path / "times").runs, Links(tmp_path)).parts
     ((drawn,),) = (picture.draw.args,)
-    assert [list(group) for group in drawn.values()] == [["MERIT"]]
+    assert [list(group) for group in drawn.values()] == [["LAMB", "MERIT"]]
+    shutil.rmtree(next((tmp_path / "times/runs").glob("LAMB-*")))
+    assert len(cost_section(read_study(tmp_path / "times").runs, Links(tmp_path)).parts) == 1  # one bar is no picture
 
 
 def _cost_rows(study):

@@ -68,7 +68,8 @@ def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
         times = {name: _times(group[name]) for name in ordered(group)}
         where = f"{model}\nbatch {batch:,}" + (f", {device}" if len({d for _, _, d in groups}) > 1 else "")
         ratios = ratios_to_adamw(times)
-        if bars := {name: (found.median, ratios[name]) for name, found in times.items() if found.comparable}:
+        bars = {name: (found.median, ratios[name]) for name, found in times.items() if found.comparable}
+        if len(bars) > 1:
             drawn[where] = bars
         rows += [_row(model, batch, device, n, group[n], times, links) for n in times]
     if drawn:
