@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The preflight's judgement of real facts of this machine, altered one at a time."""
 
+import json
 import random
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from launch import environment
-from preflight_case import run, write_case
+from preflight_case import DEEPSPEED, run, write_case
 
 from merit_ds.preflight import facts as host_facts
 from merit_ds.preflight.facts import Facts
@@ -194,6 +195,12 @@ def test_this_host_alone(folder: Path) -> None:
     assert not (folder / "runs").exists()
     wrong = run(folder, "merit_ds.preflight", "recipe.yaml", "--set", "run.nope=1")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: recipe.yaml: unknown key 'run.nope'")
+    (folder / "misspelt.json").write_text(json.dumps(DEEPSPEED | {"gradient_cliping": 1.0}))
+    misspelt = run(folder, "merit_ds.preflight", "recipe.yaml", "--set", "run.deepspeed=misspelt.json")
+    assert misspelt.returncode == 1
+    assert misspelt.stderr.splitlines()[-1].endswith(
+        "'gradient_cliping' and would ignore it; did you mean 'gradient_clipping'?"
+    )
 
 
 def test_large_data_is_read_on_demand(folder: Path) -> None:

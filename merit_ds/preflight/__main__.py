@@ -13,6 +13,8 @@ from merit_ds.preflight.hosts import Ssh, python_command, read_facts, read_hostf
 from merit_ds.preflight.judge import CHECKS, Finding, Job, judge
 from merit_ds.preflight.meeting import new_number
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
+from merit_ds.training.deepspeed_config import read_deepspeed_json
+from merit_ds.training.deepspeed_keys import check_keys
 
 DESCRIPTION = """What would stop a run on these hosts, before it starts: a table, and exit status 1.
 
@@ -60,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.fewest_nodes is not None and not 1 <= options.fewest_nodes <= len(slots):
         raise InputError(f"--fewest-nodes {options.fewest_nodes}: there are {len(slots)}; it is 1 to that")
     job = Job(slots=slots, config=resolve_config(trainer), fewest=options.fewest_nodes)
+    check_keys(read_deepspeed_json(Path(job.config.run.deepspeed)), path=job.config.run.deepspeed)
     facts, silent = gather(options, trainer, given, slots)
     findings = judge(job, facts, silent)
     for line in table(findings):
