@@ -3,14 +3,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_page import report
 from synthetic_study import write_run
 
 from merit_ds.errors import InputError
+from merit_ds.lab import report_hessian
+from merit_ds.telemetry import hessian_picture
 from merit_ds.telemetry.hessian import FORMAT
 
+LABELS = ["AdamW, AdamW-b64-lr0.01-s1", "AdamW, AdamW-b64-lr0.02-s2", "Merit, MERIT-b64-lr0.01-s1"]
 TITLE = "curved: the Hessian on 6 validation sequences, 96 tokens"
 
 
@@ -55,6 +59,22 @@ def test_results_on_other_sequences_are_not_compared(study: Path) -> None:
     write_result(study, "MERIT-b64-lr0.01-s1", "Merit", 21.0, seed=6)
     report(study)
     assert (study / "report" / "hessian-curved-2.png").is_file()
+
+
+def test_the_picture_has_one_seed_of_each_setting(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+
+    def spectra(results: list[dict[str, Any]], **options: Any) -> Any:
+        drawn.append([result["label"] for result in results])
+        return hessian_picture.spectra(results, **options)
+
+    monkeypatch.setattr(report_hessian, "spectra", spectra)
+    for seed in (10, 2):  # by name, that of seed 10 comes before those of 1 and 2
+        run = write_run(study, optimizer="AdamW", batch=64, lr=2e-2, seed=seed)
+        write_result(study, run.name, "AdamW", 400.0)
+    page, _ = report(study)
+    assert drawn[-1] == [f"{name}, step 12" for name in LABELS]
+    assert [row[1] for row in page.tables[TITLE][1:]].count("AdamW-b64-lr0.02-s10") == 1
 
 
 def test_another_file_there_is_refused(study: Path) -> None:

@@ -30,10 +30,12 @@ def hessian_section(studies: Sequence[Study], links: Links) -> Section | None:
     for study in studies:
         for number, results in enumerate(_comparable(study)):
             name = f"hessian-{slug(study.name)}" + (f"-{number + 1}" if number else "")
+            pictured = _one_seed_each(study, results)
+            which = "" if len(pictured) == len(results) else " One seed of each, the first; the table has all."
             caption = (
                 f"{study.name}: spectral density of the Hessian of the validation loss. Beside the paper's figure 7."
             )
-            section.parts.append(Plot(name, caption, partial(_draw, [result for _, result in results])))
+            section.parts.append(Plot(name, caption + which, partial(_draw, pictured)))
             section.parts.append(_table(study, results, links))
     return section if section.parts else None
 
@@ -45,6 +47,19 @@ def _comparable(study: Study) -> list[Results]:
         result = read_result(path)
         found.setdefault(json.dumps(result["data"], sort_keys=True), []).append((path, result))
     return list(found.values())
+
+
+def _one_seed_each(study: Study, results: Results) -> list[dict[str, Any]]:
+    """The first result of each setting, as a picture of many spectra cannot be read."""
+    runs = {run.folder.name: run for run in study.runs if run.folder}
+    found: dict[object, tuple[int, dict[str, Any]]] = {}
+    for _, result in results:
+        folder, step = result["run"]["folder"], result["checkpoint"]["step"]
+        run = runs.get(folder)
+        setting, seed = ((run.setting, step), run.seed) if run else ((folder, step), 0)
+        if setting not in found or seed < found[setting][0]:
+            found[setting] = (seed, result)
+    return [result for _, result in found.values()]
 
 
 def _draw(results: Sequence[dict[str, Any]]) -> Any:

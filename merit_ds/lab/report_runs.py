@@ -72,9 +72,14 @@ class Run:
         return str((self.result.get("point") or {}).get("model", "default"))
 
     @property
+    def setting(self) -> tuple[object, ...]:
+        """What the seeds of one setting share."""
+        return (self.family, self.optimizer, self.variant, self.batch, self.lr)
+
+    @property
     def point(self) -> tuple[object, ...]:
         """What may be there only once."""
-        return (self.family, self.optimizer, self.variant, self.batch, self.lr, self.seed)
+        return (*self.setting, self.seed)
 
     @property
     def loss(self) -> float | None:
