@@ -9,6 +9,7 @@ from tiny_study import ADAMW, MERIT, ids, loader
 from merit_ds.errors import InputError
 from merit_ds.lab.laboratory import describe_doubts
 from merit_ds.lab.points import Cell, expand
+from merit_ds.lab.report_statistics import Outcome, best_lr
 from merit_ds.lab.result import losses_of
 
 ABLATION = Cell("MERIT without clip", "default", 8, 81920)
@@ -167,6 +168,29 @@ def test_a_list_also_grows_where_all_seeds_have_put_the_best_at_its_edge(load):
     assert expansion.tunings[MERIT].best is None
     tuning = expand(study, losses | {"MERIT-b8-lr0.08-s1": 2.0}).tunings[MERIT]
     assert (tuning.best, tuning.edge, tuning.added) == (0.04, None, 1)
+
+
+def test_the_choice_is_the_report_s_where_rates_were_close_before_the_list_grew(load):
+    """Seed 1 puts 0.08 far ahead of two rates that have three seeds by then: these decide over it as well."""
+    study = load(CLOSE | {"batch: [8, 48], lr: {": "batch: [8, 48], extend: 3, lr: {"})
+    seeds = {0.01: (2.0,), 0.02: (1.80, 1.70, 1.70), 0.04: (1.79, 1.65, 1.65), 0.08: (1.55, 1.9, 1.9), 0.16: (2.0,)}
+    losses = {f"MERIT-b8-lr{lr}-s{seed}": loss for lr, row in seeds.items() for seed, loss in enumerate(row, start=1)}
+    lacking = {id_: loss for id_, loss in losses.items() if id_ not in ("MERIT-b8-lr0.08-s2", "MERIT-b8-lr0.08-s3")}
+    early = expand(study, lacking)
+    assert early.tunings[MERIT].best is None and {"MERIT-b8-lr0.08-s2", "MERIT-b8-lr0.08-s3"} <= set(ids(early))
+    tuning = expand(study, losses).tunings[MERIT]
+    report = best_lr([Outcome(lr, seed, loss) for lr, row in seeds.items() for seed, loss in enumerate(row, start=1)])
+    assert (report.lr, report.chosen_on) == (0.04, (1, 2, 3))
+    assert (tuning.best, tuning.edge) == (0.04, None)
+
+
+def test_seeds_that_another_grid_ran_count_in_the_choice(load):
+    """As in the report: here the seeds of a grid without `within`, whose best of seed 1 was another for a while."""
+    losses = {"MERIT-b8-lr0.01-s1": 1.6, "MERIT-b8-lr0.02-s1": 1.5, "MERIT-b8-lr0.04-s1": 1.7}
+    more = {f"MERIT-b8-lr{lr}-s{seed}": loss for lr, loss in ((0.01, 1.5), (0.02, 1.9)) for seed in (2, 3)}
+    assert expand(load(), losses).tunings[MERIT].best == 0.02
+    tuning = expand(load(), losses | more).tunings[MERIT]
+    assert tuning.best == 0.01 and tuning.losses[0.01] == pytest.approx(4.6 / 3)
 
 
 def test_a_best_rate_that_is_far_ahead_runs_alone(load):

@@ -6,7 +6,7 @@ loss (the mean over their seeds) of the same optimizer, batch, model and budget,
 that diverged counts as an infinite loss; one that failed tells nothing of its rate and takes no part. A best rate at
 the end of those that are left proves little, so that is recorded, and with `extend` the list grows until the best is
 inside; downwards where every rate diverged. With `within` the rates that come near to the best are run with the grid's
-seeds too, and the mean over these decides.
+seeds too, and the mean over these decides; then rates that come near to that mean, until there is none.
 """
 
 import math
@@ -131,8 +131,10 @@ def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuni
     lists: dict[Cell, list[Point]] = {}
     extend: dict[Cell, int] = {}
     closer: dict[Cell, list[Grid]] = {}
+    seeds: dict[Cell, list[list[int]]] = {}
     for grid in study.grids:
         for cell in _cells(study, grid):
+            seeds.setdefault(cell, []).append(grid.seed)
             if grid.lr != BEST:
                 rates = grid.learning_rates(cell.optimizer)
                 lists.setdefault(cell, []).extend(_points(study, grid, cell, rates))
@@ -140,10 +142,10 @@ def _tunings(study: Study, losses: Mapping[str, float]) -> tuple[dict[Cell, Tuni
             elif grid.within:
                 closer.setdefault(cell, []).append(grid)
     tunings = {
-        cell: _tune(study, listed, losses, extend=extend[cell], closer=closer.get(cell, []))
+        cell: _Tuner(study, listed, losses, extend=extend[cell], closer=closer.get(cell, []), seeds=seeds[cell]).tune()
         for cell, listed in lists.items()
     }
-    return tunings, lists  # to which _tune has added
+    return tunings, lists  # to which they have added
 
 
 def _cells(study: Study, grid: Grid) -> list[Cell]:
@@ -177,53 +179,97 @@ def _id(study: Study, cell: Cell, rate: float, seed: int) -> str:
     return "-".join(parts)
 
 
-def _tune(study: Study, listed: list[Point], losses: Mapping[str, float], *, extend: int, closer: list[Grid]) -> Tuning:
-    """Compare the rates in `listed`, to which rates are added, at most `extend`, while the best is at an edge.
+class _Tuner:
+    """Compares the rates of one list, as the report compares them: another choice here would give the ablations another
+    rate than the report's best.
 
-    A list's step goes on from its end; from a single rate it is 2. The runs that `closer`, grids with `within`, ask for
-    are added at the end.
+    Args:
+        listed: the list's runs, to which `tune` adds.
+        extend: rates that may be added.
+        closer: the grids with `within`.
+        seeds: of each grid. Where a rate has run with all of them they count, whichever grid asked for them; some
+            alone would let the order in which runs finish decide what else is run.
     """
-    cell, grid, added = listed[0].cell, listed[0].grid, 0
-    seeds = list(dict.fromkeys(point.seed for point in listed))
-    while True:
-        tuning = _compare(cell, listed, losses, added=added)
-        close = [point for other in closer for point in _close(study, other, tuning)]
-        if close:
-            tuning = _compare(cell, listed + close, losses, added=added)
-        edge = "low" if tuning.diverged else tuning.edge
-        if edge is None or added == extend:
-            listed += close
-            return tuning
-        rates = list(tuning.losses) if edge == "low" else list(tuning.losses)[::-1]
-        rate = float(f"{rates[0] * rates[0] / (rates[1] if len(rates) > 1 else 2 * rates[0]):.6g}")
-        listed += [Point(cell, rate, seed, _id(study, cell, rate, seed), grid) for seed in seeds]
-        added += 1
 
+    def __init__(
+        self,
+        study: Study,
+        listed: list[Point],
+        losses: Mapping[str, float],
+        *,
+        extend: int,
+        closer: list[Grid],
+        seeds: list[list[int]],
+    ) -> None:
+        self._study, self._listed, self._losses = study, listed, losses
+        self._extend, self._closer, self._seeds = extend, closer, seeds
+        self._cell, self._grid = listed[0].cell, listed[0].grid
 
-def _close(study: Study, grid: Grid, tuning: Tuning) -> list[Point]:
-    """The runs, with the grid's seeds, of the rates that are `within` of the best; none where it is alone."""
-    lowest = None if tuning.best is None else tuning.losses[tuning.best]
-    if lowest is None:
-        return []
-    close = [rate for rate, loss in tuning.losses.items() if loss is not None and loss <= lowest + grid.within]
-    return _points(study, grid, tuning.cell, close) if len(close) > 1 else []
+    def tune(self) -> Tuning:
+        """Add rates while the best is at an edge, and the seeds of those close to it, until nothing is to be added.
 
+        A list's step goes on from its end; from a single rate it is 2.
+        """
+        added, seeds = 0, list(dict.fromkeys(point.seed for point in self._listed))
+        while True:
+            tuning = self._compare(added)
+            there = {point.id for point in self._listed}
+            close = [point for grid in self._closer for point in self._close(grid, tuning) if point.id not in there]
+            if close:
+                self._listed += close
+                continue
+            edge = "low" if tuning.diverged else tuning.edge
+            if edge is None or added == self._extend:
+                return tuning
+            rates = list(tuning.losses) if edge == "low" else list(tuning.losses)[::-1]
+            rate = float(f"{rates[0] * rates[0] / (rates[1] if len(rates) > 1 else 2 * rates[0]):.6g}")
+            self._listed += [self._point(rate, seed) for seed in seeds]
+            added += 1
 
-def _compare(cell: Cell, listed: list[Point], losses: Mapping[str, float], *, added: int) -> Tuning:
-    points = sorted({point.id: point for point in listed}.values(), key=lambda point: point.lr)
-    found: dict[float, list[float | None]] = {}
-    for point in points:
-        found.setdefault(point.lr, []).append(losses.get(point.id))
-    means = {rate: _mean(of_seeds) for rate, of_seeds in found.items()}
-    failed = tuple(point.id for point in points if math.isnan(losses.get(point.id, 0.0)))
-    if None in means.values():
-        return Tuning(cell, means, None, None, added, failed)
-    outcomes = [Outcome(point.lr, point.seed, losses[point.id]) for point in points if point.id not in failed]
-    best = best_lr(outcomes)
-    if best is None or len(means) == 1:
-        return Tuning(cell, means, None if best is None else best.lr, None, added, failed)
-    edge = {None: None, "lowest": "low", "only": "low", "highest": "high"}[best.edge]
-    return Tuning(cell, means, best.lr, edge, added, failed)
+    def _point(self, rate: float, seed: int) -> Point:
+        return Point(self._cell, rate, seed, _id(self._study, self._cell, rate, seed), self._grid)
+
+    def _close(self, grid: Grid, tuning: Tuning) -> list[Point]:
+        """The runs, with the grid's seeds, of the rates that are `within` of the best; none where it is alone.
+
+        It is not alone where another rate has these seeds already: all of them will be compared over them.
+        """
+        lowest = None if tuning.best is None else tuning.losses[tuning.best]
+        if tuning.best is None or lowest is None:
+            return []
+        close = [rate for rate, loss in tuning.losses.items() if loss is not None and loss <= lowest + grid.within]
+        others = [rate for rate in tuning.losses if rate != tuning.best]
+        alone = close == [tuning.best] and not any(self._has_run(rate, grid.seed) for rate in others)
+        return [] if alone else _points(self._study, grid, self._cell, list(dict.fromkeys([*close, tuning.best])))
+
+    def _has_run(self, rate: float, seeds: list[int]) -> bool:
+        return all(self._point(rate, seed).id in self._losses for seed in seeds)
+
+    def _compare(self, added: int) -> Tuning:
+        listed = {point.id: point for point in self._listed}
+        rates = dict.fromkeys(point.lr for point in self._listed)
+        also = [
+            self._point(rate, seed)
+            for rate in rates
+            for seeds in self._seeds
+            if self._has_run(rate, seeds)
+            for seed in seeds
+        ]
+        known = listed | {point.id: point for point in also}
+        points = sorted(known.values(), key=lambda point: (point.lr, point.seed))
+        found: dict[float, list[float | None]] = {}
+        for point in points:
+            found.setdefault(point.lr, []).append(self._losses.get(point.id))
+        means = {rate: _mean(of_seeds) for rate, of_seeds in found.items()}
+        failed = tuple(point.id for point in points if math.isnan(self._losses.get(point.id, 0.0)))
+        if None in means.values():
+            return Tuning(self._cell, means, None, None, added, failed)
+        outcomes = [Outcome(point.lr, point.seed, self._losses[point.id]) for point in points if point.id not in failed]
+        best = best_lr(outcomes)
+        if best is None or len(means) == 1:
+            return Tuning(self._cell, means, None if best is None else best.lr, None, added, failed)
+        edge = {None: None, "lowest": "low", "only": "low", "highest": "high"}[best.edge]
+        return Tuning(self._cell, means, best.lr, edge, added, failed)
 
 
 def _mean(losses: list[float | None]) -> float | None:
