@@ -94,6 +94,23 @@ def test_ablations_are_differences_by_seed(whole):
     assert found["256", "without whole bound"][3] == "-0.009 to +0.002"
 
 
+def test_an_ablation_is_compared_at_the_full_one_s_best_rate_alone(tmp_path):
+    """Its own rates, at one of which it beats the full optimizer there, would show it better than the tuned one."""
+    study = tmp_path / "rates"
+    losses = {(None, 0.02): 1.75, (None, 0.04): 1.79, ("ablated", 0.02): 1.780, ("ablated", 0.04): 1.777}
+    for (ablation, lr), loss in losses.items():
+        run = write_run(study, optimizer="MERIT", batch=64, lr=lr, seed=1, ablation=ablation)
+        result = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(result | {"final_valid_loss": loss}))
+    page, _ = report(study)
+    rows = page.tables["0.8M, 9.83 M tokens: MERIT and its ablations"][1:]
+    assert [row[1:5] for row in rows] == [
+        ["MERIT (full)", "0.02", "1.750", "-"],
+        ["ablated", "0.02", "1.780", "+0.030"],
+        ["ablated", "0.04", "1.777", "-"],
+    ]
+
+
 def test_steps_to_a_loss(whole):
     """At batch 1,024 AdamW's worst seed ends at 2.163."""
     page, _ = whole
