@@ -23,6 +23,7 @@ from merit_ds.lab.report_models import models_section
 from merit_ds.lab.report_page import Plot, Section, render_html, render_markdown
 from merit_ds.lab.report_repeats import repeats_section
 from merit_ds.lab.report_runs import Study, distinct, read_study, tell_apart
+from merit_ds.lab.report_settings import tell_settings_apart
 from merit_ds.lab.report_steps import steps_section
 from merit_ds.lab.report_telemetry import telemetry_sections
 from merit_ds.training.cli import report_errors
@@ -69,7 +70,7 @@ _LEAD = (
 
 def build_sections(studies: Sequence[Study], links: Links, *, target_loss: float | None) -> list[Section]:
     """The report's parts, each only where its data is there."""
-    every = tell_apart([run for study in studies for run in study.runs])
+    every = tell_settings_apart(tell_apart([run for study in studies for run in study.runs]))
     runs, doubles = distinct(every)
     tuned = tune(runs)
     found = [

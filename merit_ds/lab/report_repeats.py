@@ -10,7 +10,7 @@ from merit_ds.lab.report_runs import Run
 
 
 def repeats_section(runs: Sequence[Run], links: Links) -> Section | None:
-    """Runs that share model, corpus, budget, optimizer, batch, learning rate and seed, whatever their labels.
+    """Runs that share model, corpus, budget, optimizer with its settings, batch, learning rate and seed.
 
     Args:
         runs: all of them, those that count nowhere else since another is there included.
@@ -26,8 +26,8 @@ def repeats_section(runs: Sequence[Run], links: Links) -> Section | None:
         return None
     section = Section("The same run again", "repeats")
     section.text.append(
-        "Runs of one setting and one seed differ by rounding alone: another device, version or order of sums. A "
-        "difference between optimizers that is no larger than that says nothing."
+        "Runs of one setting and one seed differ by rounding alone: another device, version, revision (in the list of "
+        "runs) or order of sums. A difference between optimizers that is no larger than that says nothing."
     )
     columns = ["optimizer", "batch", "lr", "seed", "spread", "runs (loss, device, torch)"]
     section.parts.append(Table("Settings that were run more than once", columns, [_row(f, links) for f in repeated]))
