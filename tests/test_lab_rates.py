@@ -7,10 +7,10 @@ import pytest
 from tiny_study import ADAMW, MERIT, ids, loader
 
 from merit_ds.errors import InputError
-from merit_ds.lab.laboratory import describe_doubts
 from merit_ds.lab.points import Cell, expand
 from merit_ds.lab.report_statistics import Outcome, best_lr
 from merit_ds.lab.result import losses_of
+from merit_ds.lab.status import describe_doubts
 
 ABLATION = Cell("MERIT without clip", "default", 8, 81920)
 

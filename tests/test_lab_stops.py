@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laboratory with the real trainer: stopped in every way, and failed by the machine."""
 
+import json
+import os
 import signal
 import subprocess
 
 import psutil
 import pytest
 from lab_case import attempts, command, environment, lab, results, wait_for, write_studies
-from launch import losses
+from launch import REPOSITORY, losses
 
-from merit_ds.lab.attempts import is_locked
+from merit_ds.lab.attempts import is_locked, try_lock
+from merit_ds.lab.laboratory import Laboratory
+from merit_ds.lab.progress import summary
+from merit_ds.lab.study import load_study
+from merit_ds.lab.trainer_process import Machine
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,81 @@ def test_runs_that_the_machine_fails_are_no_results(folder, tmp_path):
     assert broken.returncode == 1 and "taken back: " in broken.stdout, broken.stdout
     assert broken.stdout.count("corpus_train.bin: ") >= 3
     assert not list((folder / "broken").rglob("result.json")) and not results(folder / "broken")
+
+
+FAULTY = """
+import errno, json, os, runpy, signal, sys
+from pathlib import Path
+from merit_ds.errors import TransientError
+from merit_ds.training.cli import report_errors
+
+fault = json.loads(Path(__file__).with_name("faults.json").read_text()).get(Path.cwd().name)
+if fault == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+with report_errors():
+    if fault:
+        raise TransientError(fault)
+runpy.run_path(os.environ["REAL_TRAINER"], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def faulty(folder, monkeypatch):
+    """The laboratory with the real trainer, of which some runs meet a fault of the machine first."""
+    (folder / "faulty.py").write_text(FAULTY)
+    monkeypatch.setenv("REAL_TRAINER", str(REPOSITORY / "pretrain_gpt.py"))
+
+    def run(output, faults, *arguments):
+        (folder / "faults.json").write_text(json.dumps(faults))
+        return lab(folder, "pair", output, "--script", "faulty.py", *arguments)
+
+    return run
+
+
+def test_a_run_that_asks_to_be_tried_again_decides_nothing(folder, faulty):
+    """A full disk at one seed: it has no result, which would leave it out for good, and goes on with the next command."""
+    first = faulty("again", {"MERIT-b8-lr0.02-s1": "runs: no space left"})
+    assert first.returncode == 1
+    assert "stopped   MERIT-b8-lr0.02-s1 for now: runs: no space left; run the same command to go on" in first.stdout
+    assert list(results(folder / "again")) == ["MERIT-b8-lr0.02-s2"]
+    second = faulty("again", {})
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert [row["status"] for row in results(folder / "again").values()] == ["done", "done"]
+
+
+def test_a_run_that_is_killed_again_and_again_has_failed(folder, faulty):
+    """As by a host out of memory: without a result, what waits for it would wait for ever."""
+    id_, faults = "MERIT-b8-lr0.02-s1", {"MERIT-b8-lr0.02-s1": "killed"}
+    for _ in range(2):
+        killed = faulty("killed", faults, "--only", id_)
+        assert killed.returncode == 1 and f"stopped   {id_} by SIGKILL; run the same" in killed.stdout, killed.stdout
+        assert not list((folder / "killed").rglob("result.json"))
+    faulty("killed", faults, "--only", id_)
+    (row,) = results(folder / "killed").values()
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("SIGKILL, 3 times without a checkpoint between; out of memory?")
+    retried = faulty("killed", faults, "--only", id_, "--retry-failed")
+    assert "by SIGKILL; run the same" in retried.stdout and not results(folder / "killed")
+    assert faulty("killed", {}, "--only", id_).returncode == 0
+
+
+def test_runs_of_other_processes_are_told_from_those_to_do_also_while_all_places_are_full(folder, tmp_path):
+    study = load_study(folder / "pair.yaml")
+    states = []
+    machine = Machine(REPOSITORY / "pretrain_gpt.py", jobs=1, ranks=1, threads=1, gpus=())
+    laboratory = Laboratory(
+        study, source=folder, output=tmp_path, machine=machine, data={}, only=[], tell=print, show=states.append
+    )
+    others = [try_lock(tmp_path / "runs" / plan.point.id) for plan in laboratory.state.todo[1:]]
+    laboratory.state.todo.reverse()
+    for _ in range(2):
+        laboratory._start()
+        assert len(laboratory.state.running) == 1
+        assert len(laboratory.state.elsewhere) == len(others) == 1
+        assert ", 0 to do, 1 in another process" in summary(laboratory.state, machine)
+    (process,) = laboratory.state.running
+    process.stop()
+    process._process.wait()
+    process.release()
+    for lock in others:
+        os.close(lock)

@@ -75,25 +75,33 @@ def test_the_rest_is_estimated_from_the_nearest_runs_that_are_done(load, tmp_pat
     study = load()
     machine = Machine(tmp_path, jobs=2, ranks=1, threads=3, gpus=())
 
-    def state(*done):
+    def state(*done, **made):
         results = {
             f"AdamW-b{batch}-lr0.00{lr}-s1": {
                 "status": "done",
                 "wall_seconds": seconds,
+                "device": "cpu (x86_64)",
+                "ranks": 1,
+                "threads": 3,
+                "jobs": 2 if lr == 1 else 8,
                 "final_valid_loss": 1.0,
                 "point": {"model": "default", "batch": batch, "tokens": 81920},
             }
             for batch, lr, seconds in done
         }
+        results = {id_: result | made for id_, result in results.items()}
         expansion = expand(study, {id_: 1.0 for id_ in results})
         todo = [point for point in expansion.points if point.id not in results]
         plans = [plan_run(study, point, folder=tmp_path, ranks=1, vocab=False) for point in todo]
         return State(expansion, results, todo=plans)
 
-    assert remaining_seconds(state()) is None and "no estimate" in summary(state(), machine)
+    assert remaining_seconds(state(), machine) is None and "no estimate" in summary(state(), machine)
     # At batch 8 five listed runs and eight that wait are left; at batch 48 six and six, and nothing is known of it yet.
-    assert remaining_seconds(state((8, 1, 100.0))) == pytest.approx(25 * 100)
-    assert remaining_seconds(state((8, 1, 100.0), (48, 1, 10.0))) == pytest.approx(13 * 100 + 11 * 10)
+    assert remaining_seconds(state((8, 1, 100.0)), machine) == pytest.approx(25 * 100)
+    assert remaining_seconds(state((8, 1, 100.0), (48, 1, 10.0)), machine) == pytest.approx(13 * 100 + 11 * 10)
+    # Runs that were done otherwise count only where there are no others.
+    assert remaining_seconds(state((8, 1, 100.0), (48, 2, 10.0)), machine) == pytest.approx(24 * 100)
+    assert remaining_seconds(state((8, 1, 10.0), device="NVIDIA H200"), machine) == pytest.approx(25 * 10)
     text = summary(state((8, 1, 1000.0)), machine)
     assert text.startswith(
         "1 done, 0 running, 11 to do, 14 wait for a best learning rate; 3.5 h left (20.8 core-hours)"
@@ -108,12 +116,12 @@ def test_before_a_run_is_done_those_that_go_on_tell_how_long_the_rest_takes(load
     state = State(expansion, {}, running=[first], todo=plans[1:])
     row = '{"iteration": %d, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(row % (plans[0].steps // 20))
-    assert remaining_seconds(state) is None
+    machine = Machine(tmp_path, jobs=1, ranks=1, threads=3, gpus=())
+    assert remaining_seconds(state, machine) is None
     (tmp_path / "metrics.jsonl").write_text(row % (plans[0].steps // 4))
     whole = 100.0 * plans[0].steps / (plans[0].steps // 4)
     left = len(plans) - 1 + sum(expansion.waiting.values()) + 1 - (plans[0].steps // 4) / plans[0].steps
-    assert remaining_seconds(state) == pytest.approx(left * whole, rel=1e-3)
-    machine = Machine(tmp_path, jobs=1, ranks=1, threads=3, gpus=())
+    assert remaining_seconds(state, machine) == pytest.approx(left * whole, rel=1e-3)
     assert re.search(r"done about \w{3} \d\d:\d\d$", finish(5 * 86400, machine))
     assert re.search(r"done about \d\d \w{3} \d\d:\d\d$", finish(9 * 86400, machine))
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,32 @@ def ranks_before(folder: Path) -> int | None:
     return starts[-1].get("ranks") if starts else None
 
 
-def end_attempt(folder: Path, *, log: Path) -> None:
-    """Note that the run's trainer has ended, with its last word in the log: perhaps long ago."""
+def end_attempt(folder: Path, *, log: Path, killed: str | None = None) -> None:
+    """Note that the run's trainer has ended, with its last word in the log: perhaps long ago.
+
+    Args:
+        killed: the signal that ended it from outside, as far as that was seen.
+    """
     rows = _read(folder)
     if rows and "start" in rows[-1]:
-        _append(folder, {"end": max(log.stat().st_mtime, rows[-1]["start"])})
+        latest = folder / "latest"
+        how = {"killed": killed, "checkpoint": latest.read_text() if latest.exists() else None} if killed else {}
+        _append(folder, {"end": max(log.stat().st_mtime, rows[-1]["start"])} | how)
+
+
+def note_retry(folder: Path) -> None:
+    """Note that the run is done again though it had failed: its kills so far no longer count."""
+    if (folder / ATTEMPTS).exists():
+        _append(folder, {"retry": time.time()})
+
+
+def kills_in_a_row(folder: Path) -> int:
+    """Last attempts that ended by SIGKILL, which nobody sends to stop a run, with the same newest checkpoint."""
+    ends = [row for row in _read(folder) if "start" not in row]
+    alike = takewhile(
+        lambda row: row.get("killed") == "SIGKILL" and row["checkpoint"] == ends[-1]["checkpoint"], ends[::-1]
+    )
+    return len(list(alike))
 
 
 def wall_seconds(folder: Path) -> float:

@@ -11,7 +11,6 @@ All of its state is in the study's folder, so it may be killed at any moment, st
 """
 
 import fnmatch
-import math
 import os
 import re
 import shutil
@@ -21,19 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merit_ds.lab.attempts import end_attempt, is_locked, try_lock
-from merit_ds.lab.points import Expansion, Point, Tuning, expand
+from merit_ds.lab.attempts import is_locked, kills_in_a_row, note_retry, try_lock
+from merit_ds.lab.points import Expansion, Point, expand
 from merit_ds.lab.recipe import RESULT, RunPlan, check_plan, plan_run, write_plan
 from merit_ds.lab.result import (
     FAILED,
-    LOG,
     final_loss,
+    last_error,
     losses_of,
     read_results,
     write_result,
     write_results,
     write_tunings,
 )
+from merit_ds.lab.status import describe_doubts
 from merit_ds.lab.study import Study
 from merit_ds.lab.trainer_process import Machine, TrainerProcess
 from merit_ds.training.checkpoint_folder import UNFINISHED
@@ -41,6 +41,8 @@ from merit_ds.training.interrupt import Interrupt
 from merit_ds.training.report import RunFolder
 
 POLL_SECONDS = 0.5
+MOST_KILLS = 3
+"""A run that SIGKILL ends so often in a row, without a new checkpoint between, has failed: memory does not suffice."""
 
 
 @dataclass
@@ -167,6 +169,7 @@ class Laboratory:
         chosen = [point for point in state.expansion.points if self._is_chosen(point)]
         plans = [self.plan(point) for point in chosen]
         state.todo = [p for p in plans if p.point.id not in state.results.keys() | busy | self._given_up]
+        state.elsewhere = [p.point.id for p in state.todo if p.point.id in state.elsewhere]
         for tuning in state.expansion.tunings.values():
             for text in describe_doubts(tuning):
                 if text not in self._told:
@@ -184,11 +187,14 @@ class Laboratory:
     def _start(self) -> None:
         """Fill the free places with runs that no other process has."""
         state = self.state
+        if len(state.running) == self.machine.jobs:
+            return
         state.elsewhere, stale = [], False
         for plan in list(state.todo):
-            if len(state.running) == self.machine.jobs:
-                break
             folder = self._folder(plan.point.id)
+            if len(state.running) == self.machine.jobs:  # the display wants to know of the others too
+                state.elsewhere += [plan.point.id] * is_locked(folder)
+                continue
             lock = try_lock(folder)
             if lock is None:
                 state.elsewhere.append(plan.point.id)
@@ -197,6 +203,7 @@ class Laboratory:
             if plan.point.id in self._retry:  # unless another process has done so by now
                 if plan.point.id in self._failed():
                     (folder / RESULT).unlink()
+                    note_retry(folder)
                 self._retry.discard(plan.point.id)
             if (folder / RESULT).exists():  # another process has finished it since the last look
                 os.close(lock)
@@ -214,26 +221,35 @@ class Laboratory:
         ended = [process for process in self.state.running if process.ended()]
         for process in ended:
             self.state.running.remove(process)
-            id_, folder = process.plan.point.id, process.folder
-            reached = final_loss(RunFolder(folder).rows(), steps=process.plan.steps) is not None
-            stopped = self.state.stopping or process.killed
-            if reached if process.succeeded else not (stopped or process.port_taken):
+            process.note_end()
+            id_, reason = process.plan.point.id, self._why_again(process)
+            if reason is None:
                 self._finish(process)
             elif process.port_taken:
                 self._tell(f"again     {id_}: another process took its port")
             else:
                 self._given_up.add(id_)
-                how = f"by {process.killed}" if process.killed else "by a signal"
-                self._tell(f"stopped   {id_} {how}; run the same command to go on with it")
+                self._tell(f"stopped   {id_} {reason}; run the same command to go on with it")
             process.release()
         return bool(ended)
 
+    def _why_again(self, process: TrainerProcess) -> str | None:
+        """Why what a trainer has come to is no result yet; None: it is one."""
+        if process.succeeded:
+            rows = RunFolder(process.folder).rows()
+            return None if final_loss(rows, steps=process.plan.steps) is not None else "by a signal"
+        if process.killed and kills_in_a_row(process.folder) < MOST_KILLS:
+            return f"by {process.killed}"
+        if process.port_taken or (process.asks_again and not self.state.stopping):
+            return f"for now: {last_error(process.folder)}"
+        return "by a signal" if self.state.stopping else None
+
     def _finish(self, process: TrainerProcess) -> None:
-        plan, folder = process.plan, process.folder
-        end_attempt(folder, log=folder / LOG)
-        machine = self.machine
+        plan, folder, machine = process.plan, process.folder, self.machine
         made = {"ranks": machine.ranks, "threads": machine.threads, "jobs": machine.jobs, "data": self._data}
         how = process.crashed
+        if process.killed:
+            how = f"{process.killed}, {kills_in_a_row(folder)} times without a checkpoint between; out of memory?"
         result = write_result(self.study, plan, folder, succeeded=process.succeeded, crashed=how, made=made)
         if not self.study.keep_checkpoints and result["status"] != FAILED:
             remove_checkpoints(folder)
@@ -265,23 +281,6 @@ class Laboratory:
         self._tell(f"stopping: {len(self.state.running)} runs save a checkpoint and end")
         for process in self.state.running:
             process.stop()
-
-
-def describe_doubts(tuning: Tuning) -> list[str]:
-    """Warnings where runs of a list failed, or its best learning rate is the first or last of those left."""
-    lines = []
-    if tuning.failed:
-        lines.append(
-            f"WARNING   {tuning.cell}: failed and left out of the choice of a learning rate: "
-            f"{', '.join(tuning.failed)}; --retry-failed does them again"
-        )
-    if tuning.edge is not None:
-        rates = ", ".join(f"{rate:g}" for rate, loss in tuning.losses.items() if loss is None or not math.isnan(loss))
-        lines.append(
-            f"WARNING   {tuning.cell}: the best learning rate {tuning.best:g} is the {tuning.edge}est of {rates}; "
-            "a better one may lie outside: widen the grid"
-        )
-    return lines
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -13,6 +13,8 @@ from merit_ds.lab.points import Cell
 from merit_ds.lab.result import DIVERGED, DONE, FAILED, last_iteration
 from merit_ds.lab.trainer_process import Machine, TrainerProcess
 
+_Known = dict[tuple[Any, ...], list[float]]
+"""Seconds a token, by model and batch, model, or nothing."""
 PLAIN_SECONDS = 60.0
 """Between two lines where there is no terminal."""
 
@@ -20,37 +22,49 @@ PLAIN_SECONDS = 60.0
 class Pace:
     """Seconds of a run, from those that are done: of the same model and batch, else of the same model, else of any.
 
-    A finished run tells its seconds a token, start and evaluations included; where there is none, those tell that have
-    done a tenth.
+    A finished run tells its seconds a token, start and evaluations included, one that goes on if it has done a tenth.
+    Those that another machine did, or this one otherwise shared, count only where there are no others.
     """
 
-    def __init__(self, results: Mapping[str, Mapping[str, Any]], running: Sequence[TrainerProcess] = ()) -> None:
-        self._known: dict[tuple[Any, ...], list[float]] = {}
+    def __init__(
+        self, results: Mapping[str, Mapping[str, Any]], running: Sequence[TrainerProcess], machine: Machine
+    ) -> None:
+        self._here: _Known = {}
+        self._elsewhere: _Known = {}
         for result in results.values():
             point = result["point"]
             if result["status"] == DONE and result["wall_seconds"]:
-                self._learn(point["model"], point["batch"], result["wall_seconds"] / point["tokens"])
-        if not self._known:
-            for process in running:
-                cell, seconds = process.plan.point.cell, _whole(process)
-                if seconds is not None:
-                    self._learn(cell.model, cell.batch, seconds / cell.tokens)
-
-    def _learn(self, model: str, batch: int, seconds_a_token: float) -> None:
-        for key in ((model, batch), (model,), ()):
-            self._known.setdefault(key, []).append(seconds_a_token)
+                known = self._here if _alike(result, machine) else self._elsewhere
+                _learn(known, point["model"], point["batch"], result["wall_seconds"] / point["tokens"])
+        for process in running:
+            cell, seconds = process.plan.point.cell, _whole(process)
+            if seconds is not None:
+                _learn(self._here, cell.model, cell.batch, seconds / cell.tokens)
 
     def seconds(self, cell: Cell) -> float | None:
         """Of one run; None as long as nothing is known."""
-        for key in ((cell.model, cell.batch), (cell.model,), ()):
-            if found := self._known.get(key):
-                return cell.tokens * sum(found) / len(found)
+        for known in (self._here, self._elsewhere):
+            for key in ((cell.model, cell.batch), (cell.model,), ()):
+                if found := known.get(key):
+                    return cell.tokens * sum(found) / len(found)
         return None
 
 
-def remaining_seconds(state: State) -> float | None:
+def _learn(known: _Known, model: str, batch: int, seconds_a_token: float) -> None:
+    for key in ((model, batch), (model,), ()):
+        known.setdefault(key, []).append(seconds_a_token)
+
+
+def _alike(result: Mapping[str, Any], machine: Machine) -> bool:
+    """Whether the run had a share like that of this machine's runs, of a device of the same kind."""
+    share = {"ranks": machine.ranks, "threads": machine.threads, "jobs": machine.jobs}
+    on_cpu = str(result.get("device")).startswith("cpu")
+    return on_cpu == (not machine.gpus) and all(result.get(key) == value for key, value in share.items())
+
+
+def remaining_seconds(state: State, machine: Machine) -> float | None:
     """Seconds of one job that the rest takes, runs that wait for a learning rate included; None: unknown."""
-    pace = Pace(state.results, state.running)
+    pace = Pace(state.results, state.running, machine)
     parts = [_left(process, pace) for process in state.running]
     parts += [pace.seconds(plan.point.cell) for plan in state.todo if plan.point.id not in state.elsewhere]
     for cell, count in state.expansion.waiting.items():
@@ -83,7 +97,7 @@ def summary(state: State, machine: Machine) -> str:
     parts += [f"{len(state.running)} running", f"{len(state.todo) - len(state.elsewhere)} to do"]
     parts += [f"{len(state.elsewhere)} in another process"] if state.elsewhere else []
     parts += [f"{waiting} wait for a best learning rate"] if waiting else []
-    return ", ".join(parts) + finish(remaining_seconds(state), machine)
+    return ", ".join(parts) + finish(remaining_seconds(state, machine), machine)
 
 
 def finish(seconds: float | None, machine: Machine) -> str:

@@ -50,10 +50,9 @@ def judge(folder: Path, *, steps: int, succeeded: bool, crashed: str | None = No
     rows = RunFolder(folder).rows()
     last, first = final_loss(rows, steps=steps), final_loss(rows, steps=0)
     if last is None or not succeeded:
-        text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).exists() else ""
-        if bad := _BAD_STEPS.search(text):
+        if bad := _BAD_STEPS.search(_log(folder)):
             return DIVERGED, bad[1]
-        return FAILED, f"{crashed}: {_last_error(text)}" if crashed else _last_error(text)
+        return FAILED, f"{crashed}: {last_error(folder)}" if crashed else last_error(folder)
     if not math.isfinite(last):
         return DIVERGED, "the last validation loss is not finite"
     if first is not None and last > first:
@@ -72,7 +71,7 @@ def write_result(
 
     Args:
         succeeded: whether the trainer ended without an error.
-        crashed: the signal by which it ended through its own fault, if one did.
+        crashed: the signal by which it ended through its own fault, if one did, with what is known of it.
         made: what the lab alone knows of how it was made.
     """
     status, reason = judge(folder, steps=plan.steps, succeeded=succeeded, crashed=crashed)
@@ -163,9 +162,13 @@ def _median(rows: list[dict[str, Any]], key: str) -> float | None:
     return statistics.median(row[key] for row in rows) if rows else None
 
 
-def _last_error(text: str) -> str:
-    """The last line that looks like an error, else the last line of all; absolute paths lose their folders."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _log(folder: Path) -> str:
+    return (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).exists() else ""
+
+
+def last_error(folder: Path) -> str:
+    """Of a run's log the last line that looks like an error, else the last line; absolute paths lose their folders."""
+    lines = [line.strip() for line in _log(folder).splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
     last = (errors or lines or ["it ended without a word"])[-1].removeprefix("error: ")
     return shorten_paths(last)[:500]

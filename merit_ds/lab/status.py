@@ -2,11 +2,11 @@
 """What `python -m merit_ds.lab status DIR` prints: a study's folder as it is, while it is worked on or not."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
 from merit_ds.lab.attempts import is_locked
-from merit_ds.lab.laboratory import describe_doubts
 from merit_ds.lab.points import Point, Tuning, expand
 from merit_ds.lab.recipe import DEEPSPEED
 from merit_ds.lab.result import FAILED, last_iteration, losses_of, read_results
@@ -39,6 +39,23 @@ def describe(output: Path) -> list[str]:
     for tuning in expansion.tunings.values():
         lines.append(_describe_tuning(tuning))
         lines += describe_doubts(tuning)
+    return lines
+
+
+def describe_doubts(tuning: Tuning) -> list[str]:
+    """Warnings where runs of a list failed, or its best learning rate is the first or last of those left."""
+    lines = []
+    if tuning.failed:
+        lines.append(
+            f"WARNING   {tuning.cell}: failed and left out of the choice of a learning rate: "
+            f"{', '.join(tuning.failed)}; --retry-failed does them again"
+        )
+    if tuning.edge is not None:
+        rates = ", ".join(f"{rate:g}" for rate, loss in tuning.losses.items() if loss is None or not math.isnan(loss))
+        lines.append(
+            f"WARNING   {tuning.cell}: the best learning rate {tuning.best:g} is the {tuning.edge}est of {rates}; "
+            "a better one may lie outside: widen the grid"
+        )
     return lines
 
 

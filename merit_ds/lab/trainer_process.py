@@ -18,6 +18,7 @@ from merit_ds.errors import InputError
 from merit_ds.lab.attempts import begin_attempt, end_attempt
 from merit_ds.lab.recipe import RECIPE, RunPlan
 from merit_ds.lab.result import LOG, last_iteration
+from merit_ds.training.cli import TRY_AGAIN
 
 FAULTS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
 """Signals that a process brings on itself: done again, it would crash again."""
@@ -144,6 +145,11 @@ class TrainerProcess:
         return self._process.returncode == 0
 
     @property
+    def asks_again(self) -> bool:
+        """Whether it ended by what a later try may cure, such as a full disk."""
+        return self._process.returncode == TRY_AGAIN
+
+    @property
     def port_taken(self) -> bool:
         """Whether it ended because another process took its port between the choice and the start."""
         text = (self.folder / LOG).read_bytes()[self._log_start :]
@@ -154,9 +160,12 @@ class TrainerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
 
+    def note_end(self) -> None:
+        """Note when and how it ended, for its run's seconds and for what is known of its kills."""
+        end_attempt(self.folder, log=self.folder / LOG, killed=self.killed)
+
     def release(self) -> None:
-        """Note its end, and give its run free."""
-        end_attempt(self.folder, log=self.folder / LOG)
+        """Give its run free."""
         os.close(self._lock)
 
 
