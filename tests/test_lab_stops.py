@@ -136,7 +136,7 @@ def faulty(folder, monkeypatch):
 
 
 def test_a_run_that_asks_to_be_tried_again_decides_nothing(folder, faulty):
-    """A full disk at one seed: it has no result, which would leave it out for good, and goes on with the next command."""
+    """A full disk at one seed: a result would leave it out for good; so it has none, and the next command goes on."""
     first = faulty("again", {"MERIT-b8-lr0.02-s1": "runs: no space left"})
     assert first.returncode == 1
     assert "stopped   MERIT-b8-lr0.02-s1 for now: runs: no space left; run the same command to go on" in first.stdout
