@@ -14,6 +14,7 @@ from types import FrameType
 
 from merit_ds.training.cli import add_arguments, report_errors, resolve_config
 from merit_ds.training.config import Config
+from merit_ds.training.output import outlive_readers
 from merit_ds.training.plan import make_plan
 from merit_ds.training.watch import Watch
 
@@ -27,6 +28,7 @@ def main() -> None:
 
 
 def pretrain(config: Config) -> None:
+    outlive_readers()
     plan = make_plan(config)
     # Until the training loop takes signals over: none of them may leave the lock of a build behind.
     for signum in (signal.SIGTERM, signal.SIGUSR1):

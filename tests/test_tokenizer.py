@@ -77,8 +77,10 @@ def test_where_the_vocabulary_comes_from_without_a_network(monkeypatch: pytest.M
     assert build_tokenizer("gpt2").encode("Hello world").tolist() == [15496, 995]
 
     (cache_folder() / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
+    tokenizer = build_tokenizer("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50257, 50256)  # what training on prepared data needs
     with pytest.raises(InputError, match=r"give a copy of r50k_base.tiktoken with --vocab FILE"):
-        build_tokenizer("gpt2")
+        tokenizer.encode("")
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:

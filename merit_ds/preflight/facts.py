@@ -153,7 +153,7 @@ def _data(data: DataConfig, *, read_all: bool) -> Data:
     sha256 = vocab_size = problem = None
     unread: list[str] = []
     try:
-        manifest = read_manifest(data.prefix)
+        manifest = read_manifest(data.prefix, tokenizer=data.tokenizer)
         sha256, vocab_size = _sha256(Path(f"{data.prefix}.json")), manifest.vocab_size
         verify_files(data.prefix, manifest, hash_up_to=limit)
         sizes = {f"{data.prefix}_{split}.bin": manifest.split(split).bin.bytes for split in SPLITS}

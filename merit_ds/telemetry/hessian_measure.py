@@ -64,7 +64,7 @@ class Measurement:
         self._settings = settings
         self._device = device
         prefix, length = run.config.data.prefix, run.config.model.seq_length
-        valid = read_manifest(prefix).valid
+        valid = read_manifest(prefix, tokenizer=run.config.data.tokenizer).valid
         held = (valid.tokens - 1) // length
         if held < settings.sequences:
             raise InputError(f"{prefix}: its validation set makes {held} sequences of {length}; lower --sequences")

@@ -68,7 +68,9 @@ def _prepare(args: argparse.Namespace) -> None:
     source = SOURCES[args.source](args)
     if source.notice:
         print(source.notice)
-    encoder = Encoder(build_tokenizer(args.tokenizer, vocab=args.vocab), args.seed, args.valid_fraction)
+    tokenizer = build_tokenizer(args.tokenizer, vocab=args.vocab)
+    tokenizer.encode("")  # a vocabulary that is nowhere to be had ends it here, and each worker finds it in the cache
+    encoder = Encoder(tokenizer, args.seed, args.valid_fraction)
     start = time.monotonic()
     manifest = prepare(source, encoder, prefix=args.output, workers=args.workers, overwrite=args.overwrite)
     seconds = time.monotonic() - start

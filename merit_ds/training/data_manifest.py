@@ -68,8 +68,11 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(bytes=size, sha256=sha256)
 
 
-def read_manifest(prefix: str) -> DataManifest:
+def read_manifest(prefix: str, *, tokenizer: str = "gpt2") -> DataManifest:
     """Read PREFIX.json.
+
+    Args:
+        tokenizer: for that command, where the data is missing.
 
     Raises:
         InputError: there is none (names the command that prepares data), or it is damaged.
@@ -78,9 +81,10 @@ def read_manifest(prefix: str) -> DataManifest:
     try:
         return DataManifest.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
+        source = "openwebtext --workers 32" if Path(prefix).name == "openwebtext" else "wiki"
         raise InputError(
             f"{path}: no prepared data ({error.strerror}); make it with `python -m merit_ds.training.data`, "
-            f"for instance: python -m merit_ds.training.data wiki --output {prefix} --tokenizer gpt2"
+            f"for instance: python -m merit_ds.training.data {source} --output {prefix} --tokenizer {tokenizer}"
         ) from None
     except (UnicodeDecodeError, ValidationError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not UTF-8"

@@ -66,7 +66,7 @@ def open_datasets(
     Raises:
         InputError: the data is missing, damaged, of another tokenizer, or too small.
     """
-    manifest = read_manifest(data.prefix)
+    manifest = read_manifest(data.prefix, tokenizer=data.tokenizer)
     verify_files(data.prefix, manifest, hash_up_to=HASH_AT_START_BYTES)
     _check_fit(data.prefix, manifest, seq_length=seq_length, valid_samples=valid_samples, tokenizer=tokenizer)
     prefixes = {split: split_prefix(data.prefix, split) for split in SPLITS}

@@ -17,6 +17,7 @@ from merit_ds.errors import InputError
 from merit_ds.gloo_threads import settle_at_exit
 from merit_ds.training.agreement import together
 from merit_ds.training.checkpoint import holds_checkpoints
+from merit_ds.training.config import Config
 from merit_ds.training.cpu_comm import check_stale_lock, release_shared_memory
 from merit_ds.training.data_manifest import read_manifest
 from merit_ds.training.dataset import Sequences, open_datasets
@@ -36,12 +37,14 @@ class Data:
 
     Attributes:
         sha256: of the training and of the validation tokens.
+        train_tokens: of the training data, gone through once.
     """
 
     tokenizer: Tokenizer
     train: Sequences
     valid: Sequences
     sha256: tuple[str, str]
+    train_tokens: int
 
 
 def start_distributed(plan: Plan) -> None:
@@ -78,7 +81,7 @@ def open_data(plan: Plan) -> Data:
 
     Raises:
         InputError: on all ranks, if on one of them the data is missing, damaged, too small or not that of rank 0, or
-            the vocabulary cannot be had.
+            the vocabulary cannot be had, which sample text needs.
     """
     config = plan.config
     vocab = None if config.data.vocab is None else Path(config.data.vocab)
@@ -86,8 +89,9 @@ def open_data(plan: Plan) -> Data:
 
     def open_here() -> list[str]:
         tokenizer = build_tokenizer(config.data.tokenizer, vocab=vocab)
-        tokenizer.encode(config.run.sample_prompt)
-        manifest = read_manifest(config.data.prefix)
+        if config.run.sample_tokens:
+            tokenizer.encode(config.run.sample_prompt)
+        manifest = read_manifest(config.data.prefix, tokenizer=config.data.tokenizer)
         sha256 = (manifest.train.bin.sha256, manifest.valid.bin.sha256)
         train, valid = open_datasets(
             config.data,
@@ -97,13 +101,13 @@ def open_data(plan: Plan) -> Data:
             valid_samples=config.run.eval_sequences,
             tokenizer=tokenizer,
         )
-        opened.append(Data(tokenizer, train, valid, sha256))
+        opened.append(Data(tokenizer, train, valid, sha256, manifest.train.tokens))
         return list(sha256)
 
     def fetch_vocabulary() -> None:
         # A host's first rank may have to download it; the others then find it in the cache.
-        if int(os.environ["LOCAL_RANK"]) == 0:
-            build_tokenizer(config.data.tokenizer, vocab=vocab)
+        if config.run.sample_tokens and int(os.environ["LOCAL_RANK"]) == 0:
+            build_tokenizer(config.data.tokenizer, vocab=vocab).encode(config.run.sample_prompt)
 
     failing = "cannot open the data"
     together(fetch_vocabulary, failing=failing)
@@ -111,7 +115,15 @@ def open_data(plan: Plan) -> Data:
     for rank, sha256 in enumerate(found):
         if sha256 != found[0]:
             raise InputError(f"{config.data.prefix}: rank {rank} reads other data than rank 0; copy rank 0's there")
+    if plan.rank == 0:
+        print(_epochs(config, tokens=opened[0].train_tokens), flush=True)
     return opened[0]
+
+
+def _epochs(config: Config, *, tokens: int) -> str:
+    """How often the token budget goes through the training data: a small corpus is repeated without a further word."""
+    times = config.run.train_tokens / tokens
+    return f"training data    {config.data.prefix}, {tokens:,} tokens: the budget goes through it {times:.3g} times"
 
 
 def build(plan: Plan, data: Data) -> torch.nn.Module:

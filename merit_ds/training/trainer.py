@@ -225,8 +225,8 @@ class Trainer:
             nan=self._interval.non_finite,
             tokens_per_second=sequences_per_second * model.seq_length,
         )
-        self._say(report.line(steps=plan.steps))
         self._record(asdict(report))
+        self._say(report.line(steps=plan.steps))
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events(report.events())
 
@@ -241,8 +241,8 @@ class Trainer:
             device=plan.device,
             progress=self.watch.pulse,
         )
-        self._say(f" validation loss at iteration {self.step} | lm loss value: {loss:.6E} |")
         self._record({"iteration": self.step, "valid_loss": loss})
+        self._say(f" validation loss at iteration {self.step} | lm loss value: {loss:.6E} |")
         if self.engine.monitor.enabled:
             samples = self.step * plan.batch.global_batch
             self.engine.monitor.write_events([("Valid/Samples/loss", loss, samples)])

@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,8 @@ class Guard:
 
     async def _execute(self, verdict: str | None) -> None:
         if verdict and self._settings["local_rank"] == 0:
-            print(f"error: {verdict}; every rank ends now", file=sys.stderr, flush=True)
+            with suppress(OSError):  # whoever read it may be gone, and the rank has to end all the same
+                print(f"error: {verdict}; every rank ends now", file=sys.stderr, flush=True)
         os.close(sys.stdout.fileno())  # a rank that has left waits for this: now it may print its own reason
         if verdict:
             await self._end_rank()
