@@ -107,7 +107,7 @@ def adam_like(groups: Sequence[dict[str, Any]]) -> str | None:
     """
     for group in groups:
         marks = [
-            (0 < group["lr"] <= 1e-4, f"lr {group['lr']:g} (published: 6e-3 to 1e-2)"),
+            (0 < group["lr"] <= 1e-4, f"lr {group['lr']:g} (published: 6e-3 to 9e-3)"),
             (group["betas"][1] == 0.999, "beta2 0.999 (0.95)"),
             (group["eps"] == 1e-8, "eps 1e-8 (1e-6)"),
         ]
