@@ -19,10 +19,11 @@ from merit_ds.lab.figures import (
     to_png,
     two_digits,
 )
+from merit_ds.lab.figures_loss import draw_best
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
 from merit_ds.lab.figures_telemetry import LayerMap, draw_maps, draw_peaks, over_seeds, step_edges
 from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
-from merit_ds.lab.report_statistics import Outcome, best_lr
+from merit_ds.lab.report_statistics import Best, Outcome, best_lr
 
 OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
 
@@ -114,6 +115,27 @@ def test_diverged_runs_are_marked_over_the_upper_edge():
     heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]
     assert axes.bbox.y1 < heights[0] < heights[1] < axes.title.get_window_extent().y0
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+def test_best_losses_have_an_axis_and_the_optimizers_of_their_batch():
+    """A narrow range beside a far batch; the one seed of Lion is hollow, and so is what a diverged seed left."""
+    runs = {
+        64: {"MERIT": (1.50, 1.51, 1.52), "AdamW": (1.53, 1.54, math.inf)},
+        1024: {"Lion": (2.4,), "LAMB": (2.5, math.inf, math.inf)},
+    }
+    bests = {
+        batch: {name: Best(0.01, dict(enumerate(losses)), (0,), None, ()) for name, losses in by.items()}
+        for batch, by in runs.items()
+    }
+    first, second = draw_best(bests).axes
+    assert first.get_ylim()[1] < 1.6 and second.get_ylim()[0] > 2.3
+    names = [[label.get_text() for label in axes.get_xticklabels()] for axes in (first, second)]
+    assert names == [["AdamW", "MERIT"], ["LAMB", "Lion"]]
+    marks = [[line for line in axes.lines if line.get_zorder() == 3] for axes in (first, second)]
+    assert [[mark.get_markerfacecolor() == "white" for mark in panel] for panel in marks] == [[False] * 2, [True] * 2]
+    seeds = next(line for line in first.lines if list(line.get_ydata()) == [1.50, 1.51, 1.52])
+    place, mean = (line.get_transform().transform((1, 1.51)) for line in (seeds, marks[0][1]))
+    assert place[0] - mean[0] > 10 and place[1] == mean[1]  # beside the mark, which would hide it
 
 
 @pytest.mark.parametrize("count", [1, 2])

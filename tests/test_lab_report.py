@@ -76,6 +76,18 @@ def test_a_diverged_run_is_part_of_its_grid_and_a_failed_one_is_not(whole):
     assert ("64", "LAMB", "0.08") not in found
 
 
+def test_what_is_said_of_the_marks_is_true(tmp_path, whole):
+    """Of means alone, of single seeds alone, and of both."""
+    assert "Mark: mean over seeds; ticks beside it: single seeds, bar: their range. Beside" in whole[1]
+    for seed in (1, 2, 3):
+        optimizer = "MERIT" if seed < 3 else "LAMB"
+        write_run(tmp_path / "few", optimizer=optimizer, batch=64, lr=1e-2, seed=seed)
+        text = report(tmp_path / "few")[1]
+        assert ("Hollow marks: one seed each." in text) == (seed == 1)
+        assert ("mean over seeds; ticks" in text) == (seed > 1)
+        assert ("hollow: one seed." in text) == (seed == 3)
+
+
 def test_a_run_that_ended_worse_than_it_began_is_not_the_best(tmp_path):
     """Its loss is finite, but the lab calls it diverged."""
     for lr, status in ((1e-2, "diverged"), (2e-2, "done")):

@@ -12,7 +12,6 @@ from merit_ds.lab.figures import (
     end_labels,
     ink,
     label_left,
-    legend,
     look,
     ordered,
     panels,
@@ -27,41 +26,45 @@ Curve = Sequence[tuple[int, float]]
 
 
 def draw_best(groups: Mapping[int, Mapping[str, Best]]) -> Any:
-    """For each batch a group of optimizers: the mean over seeds with its value, each seed, and their range."""
-    names = ordered(name for group in groups.values() for name in group)
-    figure, (axes,) = panels(1, height=4.0)
-    figure.set_size_inches(10.4, 4.5)
-    step = min(0.8 / max(len(names), 1), 0.2)
-    for position, group in enumerate(groups.values()):
+    """A panel for each batch, each with its own axis: a slot for each optimizer that is there, with the mean over seeds
+    and its value, hollow where one seed alone gave a loss, and beside it each seed and their range."""
+    figure, every = panels(len(groups), height=4.2)
+    for axes, (batch, group) in zip(every, groups.items(), strict=True):
         best = winner({name: found.summary for name, found in group.items()})
-        for name, found in group.items():
-            x = position + (names.index(name) - (len(names) - 1) / 2) * step
-            _best_mark(axes, x, name, found, leads=name == best)
-    axes.set_xticks(range(len(groups)), [f"{batch:,} sequences" for batch in groups])
-    axes.set_xlim(-0.6, len(groups) - 0.4)
-    axes.grid(visible=False, axis="x")
-    axes.set(xlabel="batch", ylabel=LOSS)
-    lows, highs = zip(*((b.summary.low, b.summary.high) for g in groups.values() for b in g.values()), strict=True)
-    room = (max(highs) - min(lows)) or 0.1
-    axes.set_ylim(min(lows) - 0.08 * room, max(highs) + 0.2 * room)  # the values stand upright above their marks
-    for border in range(1, len(groups)):
-        axes.axvline(border - 0.5, color="#d6dbe1", linewidth=0.8)
-    legend(figure, names)
+        names = ordered(group)
+        for slot, name in enumerate(names):
+            _best_mark(axes, slot, name, group[name], leads=name == best)
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        for label, name in zip(axes.get_xticklabels(), names, strict=True):
+            label.set_color(ink(name))
+        axes.set_xlim(-0.7, len(names) - 0.3)
+        axes.grid(visible=False, axis="x")
+        low = min(found.summary.low for found in group.values())
+        high = max(found.summary.high for found in group.values())
+        room = (high - low) or 0.1
+        axes.set_ylim(low - 0.08 * room, high + 0.2 * room)  # the values stand upright above their marks
+        axes.set_title(f"batch {batch:,}")
+        label_left(axes, LOSS)
     return figure
 
 
-def _best_mark(axes: Any, x: float, name: str, best: Best, *, leads: bool) -> None:
+def _best_mark(axes: Any, slot: int, name: str, best: Best, *, leads: bool) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     colour, mark = look(name)
     summary = best.summary
-    axes.plot([x, x], [summary.low, summary.high], color=colour, linewidth=6, alpha=0.28, solid_capstyle="round")
-    for loss in best.losses.values():
-        if summary.finite > 1 and math.isfinite(loss):
-            axes.plot(x, loss, "_", color=colour, markersize=9, markeredgewidth=1)
-    axes.plot(x, summary.mean, mark, color=colour, markersize=style(name)["markersize"] + 1, zorder=3)
+    if summary.finite > 1:
+        finite = [loss for loss in best.losses.values() if math.isfinite(loss)]
+        # Behind the mark a narrow range would not be seen.
+        beside = axes.transData + ScaledTranslation(9 / 72, 0, axes.figure.dpi_scale_trans)
+        axes.plot([slot] * 2, [summary.low, summary.high], color=colour, linewidth=2.5, alpha=0.4, transform=beside)
+        axes.plot([slot] * len(finite), finite, "_", color=colour, markersize=6, markeredgewidth=1.2, transform=beside)
+    size, fill = style(name)["markersize"] + 1, colour if summary.finite > 1 else "white"
+    axes.plot(slot, summary.mean, mark, color=colour, markersize=size, markerfacecolor=fill, zorder=3)
     text = f"{summary.mean:.3f}" + (f" ({summary.diverged} lost)" if summary.diverged else "")
     axes.annotate(
         text,
-        (x, summary.high),
+        (slot, summary.mean),
         xytext=(0, 8),
         textcoords="offset points",
         ha="center",

@@ -2,7 +2,7 @@
 """The report's first sections: what each optimizer's grid chose and gave, and how much the learning rate matters."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,8 +94,8 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         section.parts.append(
             Plot(
                 f"best-{slug(family.title)}",
-                f"{family.title}: final validation loss at each optimizer's best learning rate; mark: mean over seeds, "
-                "bar: their range, ticks: single seeds. Beside the paper's figure 4 and table 3, of a Llama figure 6.",
+                f"{family.title}: final validation loss at each optimizer's best learning rate, a panel for each batch "
+                f"on an axis of its own. {_marks(found)} Beside the paper's figure 4 and table 3, of a Llama figure 6.",
                 partial(draw_best, found),
             )
         )
@@ -117,6 +117,16 @@ def best_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
         )
     section.warnings += [warning for one in tuned for warning in tuning_warnings(one)]
     return section if section.parts else None
+
+
+def _marks(found: Mapping[int, Mapping[str, Best]]) -> str:
+    """What the marks of `draw_best` are, as far as there are such."""
+    single = {best.summary.finite == 1 for group in found.values() for best in group.values()}
+    if single == {True}:
+        return "Hollow marks: one seed each."
+    return "Mark: mean over seeds; ticks beside it: single seeds, bar: their range" + (
+        "; hollow: one seed." if True in single else "."
+    )
 
 
 def _table_note(batches: dict[int, dict[str, Tuned]]) -> str:
