@@ -108,13 +108,39 @@ def test_diverged_runs_are_marked_over_the_upper_edge():
     outcomes = [Outcome(0.01, 1, 1.5), Outcome(0.02, 1, 1.4), Outcome(0.04, 1, math.inf)]
     figure = draw_sensitivity({64: {name: (outcomes, best_lr(outcomes)) for name in ("LAMB", "MERIT")}})
     (axes,) = figure.axes
-    assert axes.get_xlim()[0] < 0.01 and axes.get_xlim()[1] > 0.04  # though nothing else lies at 0.04
+    assert axes.get_xlim()[0] < 0.5 and axes.get_xlim()[1] > 2  # though nothing else lies at twice the best
     marks = [mark for mark in axes.collections if len(mark.get_offsets())]
-    assert [tuple(mark.get_offsets()[0]) for mark in marks] == [(0.04, axes.get_ylim()[1])] * 2
+    assert [tuple(mark.get_offsets()[0]) for mark in marks] == [(2, axes.get_ylim()[1])] * 2
     figure.canvas.draw()
     heights = [mark.get_offset_transform().transform(mark.get_offsets()[0])[1] for mark in marks]
     assert axes.bbox.y1 < heights[0] < heights[1] < axes.title.get_window_extent().y0
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+def test_rates_that_lie_decades_apart_share_an_axis():
+    outcomes = {
+        name: [Outcome(scale * lr, 1, lr) for lr in (1.0, 2.0)] for name, scale in (("LARS", 8), ("Lion", 1e-4))
+    }
+    (axes,) = draw_sensitivity({64: {name: (found, best_lr(found)) for name, found in outcomes.items()}}).axes
+    lines = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() != "None"]
+    assert [list(line) for line in lines] == [[1, 2]] * 2
+
+
+def test_the_best_rate_lies_where_the_choice_was_made():
+    """Seed 1 alone chooses 0.02; over all seeds, which 0.02 and 0.04 share, 0.04 is better. 0.01 has one seed."""
+    losses = {0.01: (1.6,), 0.02: (1.5, 1.7, 1.8), 0.04: (1.55, 1.6, 1.62)}
+    outcomes = [Outcome(lr, seed, loss) for lr, by in losses.items() for seed, loss in enumerate(by, 1)]
+    best = best_lr(outcomes)
+    assert (best.lr, best.chosen_on) == (0.04, (1, 2, 3))
+    (axes,) = draw_sensitivity({64: {"MERIT": (outcomes, best)}}).axes
+    _, line, hollow = axes.lines
+    assert list(line.get_xdata()) == [0.25, 0.5, 1]
+    assert list(line.get_ydata()) == pytest.approx([1.6, 5 / 3, 1.59])
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([0.25], [1.6])
+    assert hollow.get_markerfacecolor() == "white" != line.get_markerfacecolor()
+    alone = [Outcome(0.01, 1, 1.6), Outcome(0.02, 1, 1.5), Outcome(0.02, 2, 1.7)]  # 0.01 lacks seed 2
+    (axes,) = draw_sensitivity({64: {"MERIT": (alone, best_lr(alone))}}).axes
+    assert list(axes.lines[-1].get_ydata()) == [1.6, 1.5]
 
 
 def test_best_losses_have_an_axis_and_the_optimizers_of_their_batch():

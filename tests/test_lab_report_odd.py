@@ -47,6 +47,14 @@ def test_only_failures(tmp_path):
     assert "best" not in page.ids
 
 
+def test_an_optimizer_without_a_best_rate_is_not_in_the_picture_of_rates(tmp_path):
+    for optimizer, lr in (("MERIT", 1e-2), ("MERIT", 2e-2), ("AdamW", 8e-3)):  # AdamW diverges there
+        write_run(tmp_path / "lost", optimizer=optimizer, batch=64, lr=lr, seed=1)
+    page, text = report(tmp_path / "lost")
+    assert "sensitivity" in page.ids
+    assert "Not drawn, as no rate gave a loss: AdamW at batch 64." in text
+
+
 def test_missing_telemetry_is_said(tmp_path):
     for name, telemetry in (("AdamW", False), ("MERIT", True)):
         write_run(tmp_path / "part", optimizer=name, batch=256, lr=1e-2, seed=1, telemetry=telemetry)

@@ -2,50 +2,52 @@
 """The picture of final loss against peak learning rate."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from statistics import fmean
 from typing import Any
 
-from merit_ds.lab.figures import GREY, label_left, legend, look, number_axis, ordered, panels, style
+from merit_ds.lab.figures import GREY, label_left, legend, look, ordered, panels, style
 from merit_ds.lab.report_statistics import Best, Outcome, losses_by_lr
 
 _ABOVE = r"$\uparrow$"
 """Mark of a loss above the axis: no optimizer's."""
 _MARK = 9
 """Points that a mark over the axes is high."""
+_A_DOUBLING = 4
+"""Marks over the axes that fit side by side where the learning rate doubles."""
 
 
-def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], Best | None]]]) -> Any:
-    """A panel for each batch: final loss against peak learning rate; diverged and too high ones over the upper edge."""
-    from matplotlib.lines import Line2D
+def draw_sensitivity(grids: Mapping[int, Mapping[str, tuple[Sequence[Outcome], Best]]]) -> Any:
+    """A panel for each batch: final loss against the peak learning rate over the optimizer's best one, as the rates of
+    different optimizers lie decades apart; diverged and too high ones over the upper edge."""
+    from matplotlib.ticker import FuncFormatter
 
     figure, every = panels(len(grids), height=3.8)
     highest = 0
     for axes, grid in zip(every, grids.values(), strict=True):
-        outcomes = [outcome for found, _ in grid.values() for outcome in found]
-        bottom, top = loss_window([outcome.loss for outcome in outcomes])
-        axes.set_xscale("log")
+        bottom, top = loss_window([outcome.loss for outcomes, _ in grid.values() for outcome in outcomes])
+        axes.set_xscale("log", base=2)
         axes.set_ylim(bottom, top)
-        axes.set_xlim(min(o.lr for o in outcomes) / 1.25, max(o.lr for o in outcomes) * 1.25)
-        above: dict[float, list[tuple[str, float]]] = {}
+        ratios = [outcome.lr / best.lr for outcomes, best in grid.values() for outcome in outcomes]
+        axes.set_xlim(min(ratios) / 1.25, max(ratios) * 1.25)
+        axes.axvline(1, color=GREY, linewidth=0.8)
+        above: dict[int, list[tuple[str, Outcome, float]]] = {}
         for name in ordered(grid):
-            _line(axes, name, *grid[name])
-            for outcome in grid[name][0]:
+            outcomes, best = grid[name]
+            _line(axes, name, outcomes, best)
+            for outcome in outcomes:
                 if outcome.loss > top:
-                    above.setdefault(outcome.lr, []).append((name, outcome.loss))
-        _marks_above(axes, above)
-        number_axis(axes.xaxis, [outcome.lr for outcome in outcomes], limit=5)
-        axes.tick_params(axis="x", labelrotation=35)
+                    ratio = outcome.lr / best.lr
+                    above.setdefault(round(_A_DOUBLING * math.log2(ratio)), []).append((name, outcome, ratio))
+        _marks_above(axes, above.values())
         highest = max([highest, *map(len, above.values())])
-        axes.set_xlabel("peak learning rate")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: str(Fraction(ratio).limit_denominator(4096))))
+        axes.set_xlabel("peak learning rate / the optimizer's best one")
         label_left(axes, "final validation loss (nats a token)")
     for axes, batch in zip(every, grids, strict=True):
         axes.set_title(f"batch {batch:,}", pad=6 + _MARK * highest)
-    extra = [
-        Line2D([], [], color=GREY, marker="o", markersize=12, markerfacecolor="none", linestyle="", label="best"),
-        Line2D([], [], color=GREY, marker="x", markersize=7, markeredgewidth=2, linestyle="", label="diverged"),
-        Line2D([], [], color=GREY, marker=_ABOVE, markersize=8, linestyle="", label="above the axis"),
-    ]
-    legend(figure, ordered(name for grid in grids.values() for name in grid), extra=extra)
+    legend(figure, ordered(name for grid in grids.values() for name in grid), extra=_signs())
     return figure
 
 
@@ -63,32 +65,42 @@ def loss_window(losses: Sequence[float]) -> tuple[float, float]:
     return low - room, high + 1.6 * room
 
 
-def _line(axes: Any, name: str, outcomes: Sequence[Outcome], best: Best | None) -> None:
-    """The mean over the seeds of the choice, single seeds as ticks, and a ring around the best."""
-    colour, _ = look(name)
-    chosen_on = set(best.chosen_on) if best else set()
-    line = []
+def _line(axes: Any, name: str, outcomes: Sequence[Outcome], best: Best) -> None:
+    """The mean over the seeds of the choice; hollow where a learning rate lacks some of these, so that it was not
+    compared over them: the mean over those it has."""
+    line, hollow = [], []
     for lr, by_seed in losses_by_lr(outcomes).items():
-        deciding = [loss for seed, loss in by_seed.items() if seed in chosen_on] or list(by_seed.values())
-        mean = sum(deciding) / len(deciding)
-        line.append((lr, mean if math.isfinite(mean) else math.nan))
-        if len(by_seed) > 1:
-            finite = [loss for loss in by_seed.values() if math.isfinite(loss)]
-            axes.plot([lr] * len(finite), finite, "_", color=colour, markersize=8, alpha=0.7)
-        if best and lr == best.lr:
-            axes.plot(lr, mean, "o", color=colour, markersize=13, markerfacecolor="none", markeredgewidth=1.4)
-    axes.plot([lr for lr, _ in line], [loss for _, loss in line], **style(name))
+        whole = by_seed.keys() >= set(best.chosen_on)
+        mean = fmean(by_seed[seed] for seed in (best.chosen_on if whole else by_seed))
+        line.append((lr / best.lr, mean if math.isfinite(mean) else math.nan))
+        if not whole:
+            hollow.append(line[-1])
+    axes.plot(*zip(*line, strict=True), **style(name))
+    if hollow:
+        axes.plot(*zip(*hollow, strict=True), **style(name) | {"linestyle": "", "markerfacecolor": "white"})
 
 
-def _marks_above(axes: Any, above: Mapping[float, Sequence[tuple[str, float]]]) -> None:
-    """Marks outside the axes, one over the other where several have the same learning rate: inside they would look
-    like losses."""
+def _signs() -> list[Any]:
+    """The legend's entries that are no optimizer's."""
+    from matplotlib.lines import Line2D
+
+    signs: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("lacks seeds", {"marker": "o", "markersize": 5.5, "markerfacecolor": "white"}),
+        ("diverged", {"marker": "x", "markersize": 7, "markeredgewidth": 2}),
+        ("above the axis", {"marker": _ABOVE, "markersize": 8}),
+    )
+    return [Line2D([], [], color=GREY, linestyle="", label=label, **mark) for label, mark in signs]
+
+
+def _marks_above(axes: Any, above: Iterable[Sequence[tuple[str, Outcome, float]]]) -> None:
+    """Marks outside the axes, one over the other where several have about the same place: inside they would look like
+    losses."""
     top = axes.get_ylim()[1]
-    for lr, found in above.items():
-        for place, (name, loss) in enumerate(found):
-            mark = {"marker": _ABOVE} if math.isfinite(loss) else {"marker": "x", "linewidths": 2}
+    for found in above:
+        for place, (name, outcome, ratio) in enumerate(found):
+            mark = {"marker": _ABOVE} if math.isfinite(outcome.loss) else {"marker": "x", "linewidths": 2}
             axes.scatter(
-                [lr], [top], s=42, color=look(name)[0], clip_on=False, zorder=4, transform=_up(axes, place), **mark
+                [ratio], [top], s=42, color=look(name)[0], clip_on=False, zorder=4, transform=_up(axes, place), **mark
             )
 
 

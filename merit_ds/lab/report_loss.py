@@ -216,22 +216,29 @@ def sensitivity_section(tuned: Sequence[Tuned], links: Links) -> Section | None:
     """Final loss against learning rate, where some optimizer has more than one."""
     section = Section("Learning-rate sensitivity", "sensitivity")
     section.text.append(
-        "Final validation loss against the peak learning rate; the line is the mean over the seeds that the choice was "
-        "made on. A flat valley forgives a wrong learning rate; a best one at the end of its line is not yet found."
+        "Final validation loss against the peak learning rate, as a multiple of the optimizer's best one: rates of "
+        "different optimizers lie decades apart, and so the widths of their valleys can be compared. A mark is the "
+        "mean over the seeds that the choice was made on; a hollow one lacks some of these and is the mean over those "
+        "that it has. A flat valley forgives a wrong learning rate; a best one at the end of its line is not yet found."
     )
     for family, batches in by_family(tuned).items():
         grids = {
-            batch: {name: (outcomes(one.runs), one.best) for name, one in group.items() if outcomes(one.runs)}
+            batch: {name: (outcomes(one.runs), one.best) for name, one in group.items() if one.best}
             for batch, group in batches.items()
         }
         grids = {batch: grid for batch, grid in grids.items() if grid}
         if max((len({o.lr for o in found}) for grid in grids.values() for found, _ in grid.values()), default=0) < 2:
             continue
+        lost = [
+            f"{name} at batch {batch:,}" for batch in batches for name, one in batches[batch].items() if not one.best
+        ]
         section.parts.append(
             Plot(
                 f"sensitivity-{slug(family.title)}",
-                f"{family.title}: final validation loss against peak learning rate, a panel for each batch. Over the "
-                "upper edge: crosses diverged, arrows lie above the axis; a ring marks each optimizer's best.",
+                f"{family.title}: final validation loss against the peak learning rate over each optimizer's best one, "
+                "a panel for each batch; the table has the rates. Hollow: lacks some of the "
+                "choice's seeds. Over the upper edge: crosses diverged, arrows lie above the axis."
+                + (f" Not drawn, as no rate gave a loss: {'; '.join(lost)}." if lost else ""),
                 partial(draw_sensitivity, grids),
             )
         )
