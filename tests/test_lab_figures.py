@@ -95,6 +95,30 @@ def test_tiny_values_of_one_optimizer_do_not_flatten_the_others():
     assert alone.get_ylim()[0] < 0.0017  # nothing lies above the floor
 
 
+def colour_bar(values: dict[str, list[float]], *, percent: bool = False):
+    maps = {name: LayerMap(range(len(found)), [[v] for v in found], note="") for name, found in values.items()}
+    return draw_maps(maps, label="share", percent=percent, logarithmic=False).axes[-1]
+
+
+def test_an_outlier_does_not_take_the_colours_from_the_other_panels():
+    """Of 151 values one lies far above, then one far below; the table has both."""
+    others = {name: [0.90 + 0.001 * n for n in range(50)] for name in ("AdamW", "LAMB", "MERIT")}
+    for outlier, extend in ((2.0, "max"), (0.1, "min")):
+        bar = colour_bar(others | {"LARS": [outlier]})
+        assert bar._colorbar.extend == extend
+        assert bar.get_ylim() == pytest.approx((0.90, 0.949), abs=0.002)
+    assert colour_bar(others | {"LARS": [0.1], "Lion": [2.0]})._colorbar.extend == "both"
+    near = colour_bar(others | {"LARS": [0.955]})
+    assert (near._colorbar.extend, near.get_ylim()) == ("neither", pytest.approx((0.90, 0.955)))
+    share = colour_bar(others | {"LARS": [0.1, 2.0]}, percent=True)
+    assert (share._colorbar.extend, share.get_ylim()[0]) == ("max", 0.0)
+
+
+def test_colours_of_values_that_are_nearly_all_alike_reach_to_the_others():
+    assert colour_bar({"LARS": [0.0] * 99 + [0.5]}).get_ylim() == (0.0, 0.5)
+    assert colour_bar({"LARS": [0.5]}).get_ylim()[0] == 0.5
+
+
 def test_loss_window_leaves_out_what_would_press_the_others_together():
     close = [1.5 + 0.01 * n for n in range(19)]
     low, high = loss_window([*close, 9.0, math.inf, math.nan])

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, quantiles
 from typing import Any
 
 from merit_ds.lab.figures import (
@@ -47,24 +47,26 @@ def draw_maps(
     Args:
         floor: what lies below has one colour, and the colour bar an arrow.
     """
-    from matplotlib import colors
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import PercentFormatter
 
     names = ordered(maps)
     figure, every = panels(len(names), height=2.5)
-    finite = [v for one in maps.values() for sample in one.values for v in sample if math.isfinite(v)]
-    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    finite = [v for one in maps.values() for sample in one.values for v in sample if math.isfinite(v)] or [0.0, 1.0]
     bottom = _bottom(finite, floor)
-    low = low if bottom is None else bottom
+    low, high = min(finite) if bottom is None else bottom, max(finite)
     wide = logarithmic and low > 0 and high > 8 * low
+    if not wide:
+        low, high = linear_limits([max(v, low) for v in finite])
     low, high = (0.0 if percent else low), (high if high > low else low + (abs(low) * 0.1 or 0.01))
-    norm = colors.LogNorm(low, high) if wide else colors.Normalize(low, high)
+    norm = LogNorm(low, high) if wide else Normalize(low, high)
     mesh = None
     for axes, name in zip(every, names, strict=True):
         mesh = _panel(axes, maps[name], norm)
         axes.set_title(name, color=ink(name))
         axes.set_title(maps[name].note, loc="right", fontsize=8, fontweight="normal", color="#4b5563")
-    extend = "neither" if bottom is None else "min"
+    below, above = min(finite) < low, max(finite) > high
+    extend = "both" if below and above else "min" if below else "max" if above else "neither"
     bar = figure.colorbar(mesh, ax=every, extend=extend, shrink=0.9, aspect=30 if len(names) > 3 else 20, pad=0.015)
     bar.set_label(label)
     if wide:
@@ -72,6 +74,19 @@ def draw_maps(
     elif percent:
         bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     return figure
+
+
+def linear_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a linear colour scale: the values', but where the outermost fiftieth at an end lies so far out that it
+    would take a fifth of the scale or more from all others, these others'."""
+    low, high = min(values), max(values)
+    if len(values) < 2:
+        return low, high
+    second, *_, last = quantiles(values, n=50, method="inclusive")
+    far = 0.25 * (last - second)
+    if far == 0:
+        return low, high
+    return low if low >= second - far else second, high if high <= last + far else last
 
 
 def _panel(axes: Any, one: LayerMap, norm: Any) -> Any:

@@ -31,7 +31,10 @@ def telemetry_sections(tuned: Sequence[Tuned], links: Links) -> list[Section]:
 def _section(quantity: Quantity, tuned: Sequence[Tuned], links: Links) -> Section | None:
     section = Section(quantity.title, quantity.key.replace("_", "-"), text=[quantity.text])
     if quantity.layered:
-        section.text.append("The maps: one run of each optimizer, at its best learning rate, on one colour scale.")
+        section.text.append(
+            "The maps: one run of each optimizer, at its best learning rate, on one colour scale. An arrow at its end: "
+            "some values lie beyond and have that end's colour; the table has the extremes."
+        )
     lead = len(section.text)
     for family, batches in by_family(tuned).items():
         if quantity.peaks:
