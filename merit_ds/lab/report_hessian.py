@@ -33,7 +33,8 @@ def hessian_section(studies: Sequence[Study], links: Links) -> Section | None:
             pictured = _one_seed_each(study, results)
             which = "" if len(pictured) == len(results) else " One seed of each, the first; the table has all."
             caption = (
-                f"{study.name}: spectral density of the Hessian of the validation loss. Beside the paper's figure 7."
+                f"{study.name}: spectral density of the Hessian of the validation loss, on an axis that is linear near "
+                "0 and logarithmic far from it. Beside the paper's figure 7."
             )
             section.parts.append(Plot(name, caption + which, partial(_draw, pictured)))
             section.parts.append(_table(study, results, links))

@@ -11,9 +11,11 @@ import torch
 from merit_ds.telemetry.lanczos import Quadrature, spectral_density
 
 _POINTS = 2000
-_WIDTH = 0.005
-"""The smoothing's standard deviation, as a share of the range of all nodes drawn."""
-_MARGIN = 8
+_WIDTH = 0.015
+"""The smoothing's standard deviation, as a share of the axis between the outermost nodes drawn."""
+_LINEAR = 0.05
+"""About up to this share of its largest node, the axis is linear for the flattest of the results."""
+_MARGIN = 6
 """Smoothing widths left and right of the outermost nodes."""
 
 
@@ -39,7 +41,9 @@ def draw_spectra(results: list[dict[str, Any]], path: Path) -> None:
 def spectra(results: Sequence[dict[str, Any]], *, colours: Sequence[str] | None = None) -> Any:
     """A figure: the logarithm of each density against the eigenvalue, with top eigenvalue and trace.
 
-    All densities are smoothed alike, as their widths and heights could not be compared otherwise.
+    The axis is asinh(eigenvalue / a), linear near 0 and logarithmic far from it, as the largest eigenvalue of one run
+    can be many times that of another, and most of a run's lie near 0. The densities are those of asinh(eigenvalue / a),
+    smoothed alike, so that equal areas are equal shares of the eigenvalues, wherever and of whichever result.
 
     Args:
         results: as `measure` returns them; at least one.
@@ -51,39 +55,61 @@ def spectra(results: Sequence[dict[str, Any]], *, colours: Sequence[str] | None 
     import matplotlib.pyplot as plt
 
     colours = colours or [f"C{index}" for index in range(len(results))]
-    densities = [_quadratures(result) for result in results]
+    linear = _LINEAR * min(_largest(result) for result in results) or 1.0
+    densities = [_quadratures(result, linear=linear) for result in results]
     nodes = torch.cat([quadrature.nodes for spectrum in densities for quadrature in spectrum])
     low, high = float(nodes.min()), float(nodes.max())
     # All nodes alike happens only for a multiple of the identity; any width shows it.
-    sigma = _WIDTH * ((high - low) or abs(high) or 1.0)
+    sigma = _WIDTH * ((high - low) or 1.0)
     grid = torch.linspace(low - _MARGIN * sigma, high + _MARGIN * sigma, _POINTS, dtype=torch.float64)
+    eigenvalues = linear * grid.sinh()
     figure, axes = plt.subplots(figsize=(8, 4.8), dpi=150)
     for colour, result, spectrum in zip(colours, results, densities, strict=True):
         density = spectral_density(spectrum, grid, sigma=sigma)
         label = result["label"] if len(results) == 1 else f"{result['label']}: {_summary(result)}"
-        axes.semilogy(grid, density, color=colour, linewidth=1.3, label=label)
-        axes.fill_between(grid, density, 1e-300, color=colour, alpha=0.12, linewidth=0)
+        axes.semilogy(eigenvalues, density, color=colour, linewidth=1.3, label=label)
+        axes.fill_between(eigenvalues, density, 1e-300, color=colour, alpha=0.12, linewidth=0)
     peak = max(float(line.get_ydata().max()) for line in axes.lines)
     least = min(_single_height(result, sigma) for result in results)
     axes.axhline(least, color="grey", linewidth=0.8, linestyle=":")
     beside = axes.get_yaxis_transform()
     axes.text(1.005, least, "one\neigenvalue", transform=beside, va="center", fontsize=8, color="grey")
-    axes.set(xlabel="eigenvalue of the Hessian (stems: the top ones)", ylabel="density (log scale)")
+    axes.set(xlabel="eigenvalue of the Hessian (stems: the top ones)", ylabel="density along this axis (log scale)")
+    _stretch(axes, eigenvalues, linear=linear)
     _mark_top(axes, results, colours, sigma=sigma)
     axes.set_ylim(least / 20, peak * 3)
     axes.grid(alpha=0.25)
-    axes.set_title(_title(results), fontsize=10)
+    axes.set_title(_title(results), fontsize=10, pad=6 + (13 * len(results) if len(results) > 1 else 0))
     if len(results) > 1:
-        axes.legend(fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderaxespad=0.2)
     figure.tight_layout()
     return figure
 
 
-def _quadratures(result: dict[str, Any]) -> list[Quadrature]:
-    return [
-        Quadrature(**{name: torch.tensor(values, dtype=torch.float64) for name, values in quadrature.items()})
+def _largest(result: dict[str, Any]) -> float:
+    """The size of the outermost node."""
+    return max(abs(float(node)) for quadrature in result["quadratures"] for node in quadrature["nodes"])
+
+
+def _quadratures(result: dict[str, Any], *, linear: float) -> list[Quadrature]:
+    """With asinh(node / linear) for each node; what is known of the nodes' errors is not drawn."""
+    found = [
+        {name: torch.tensor(values, dtype=torch.float64) for name, values in quadrature.items()}
         for quadrature in result["quadratures"]
     ]
+    return [Quadrature(**one | {"nodes": (one["nodes"] / linear).asinh()}) for one in found]
+
+
+def _stretch(axes: Any, eigenvalues: torch.Tensor, *, linear: float) -> None:
+    """An x axis of asinh(eigenvalue / linear), with plain numbers at 0 and where it is logarithmic."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axes.set_xscale("asinh", linear_width=linear)
+    axes.set_xlim(float(eigenvalues[0]), float(eigenvalues[-1]))
+    powers = range(math.ceil(math.log10(linear / 2)), math.ceil(math.log10(float(eigenvalues.abs().max()))) + 1)
+    axes.xaxis.set_major_locator(FixedLocator([0.0] + [sign * 10.0**power for power in powers for sign in (-1, 1)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _single_height(result: dict[str, Any], sigma: float) -> float:
