@@ -19,11 +19,11 @@ from merit_ds.lab.figures import (
     to_png,
     two_digits,
 )
-from merit_ds.lab.figures_loss import draw_best
+from merit_ds.lab.figures_loss import draw_ablations, draw_best
 from merit_ds.lab.figures_sensitivity import draw_sensitivity, loss_window
 from merit_ds.lab.figures_telemetry import LayerMap, draw_maps, draw_peaks, over_seeds, step_edges
 from merit_ds.lab.report_quantities import QUANTITIES, by_layer, is_trivial, share_by_layer
-from merit_ds.lab.report_statistics import Best, Outcome, best_lr
+from merit_ds.lab.report_statistics import Best, Outcome, best_lr, summarize
 
 OPTIMIZERS = ["AdamW", "LAMB", "maxLAMB", "MERIT", "MERIT-W", "LARS", "Lion", "Sophia-G", "Scion", "Muon"]
 
@@ -186,6 +186,22 @@ def test_best_losses_have_an_axis_and_the_optimizers_of_their_batch():
     seeds = next(line for line in first.lines if list(line.get_ydata()) == [1.50, 1.51, 1.52])
     place, mean = (line.get_transform().transform((1, 1.51)) for line in (seeds, marks[0][1]))
     assert place[0] - mean[0] > 10 and place[1] == mean[1]  # beside the mark, which would hide it
+
+
+def test_small_effects_of_one_batch_are_seen_beside_large_ones_of_another():
+    groups = {256: {"l2": summarize([0.1, 0.3])}, 1024: {"l2": summarize([-0.004, -0.006])}}
+    figure = draw_ablations(groups, full="MERIT")
+    first, second = figure.axes
+    assert first.get_xlim()[1] > 0.3 and -0.02 < second.get_xlim()[0] < -0.006
+    signs = {text.get_text(): handle for text, handle in zip(*legend_entries(figure), strict=True)}
+    bars = [axes.patches[0].get_facecolor() for axes in (first, second)]
+    assert bars == [signs["a higher loss"].get_facecolor(), signs["a lower loss"].get_facecolor()]
+    assert signs["MERIT"].get_color() == look("MERIT")[0]
+
+
+def legend_entries(figure):
+    (found,) = figure.legends
+    return found.get_texts(), found.legend_handles
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -12,6 +12,7 @@ from merit_ds.lab.figures import (
     end_labels,
     ink,
     label_left,
+    legend,
     look,
     ordered,
     panels,
@@ -22,6 +23,7 @@ from merit_ds.lab.figures import (
 from merit_ds.lab.report_statistics import Best, Summary, signed, smooth, winner
 
 LOSS = "final validation loss (nats a token)"
+_WORSE, _BETTER = "#9aa5b1", "#8fc1a9"
 Curve = Sequence[tuple[int, float]]
 
 
@@ -114,26 +116,38 @@ def _zoom(axes: Any, seen: Sequence[tuple[int, float]]) -> None:
 
 
 def draw_ablations(groups: Mapping[int, Mapping[str, Summary]], *, full: str) -> Any:
-    """A panel for each batch: how much higher an ablation's final loss is than the full optimizer's, seed by seed."""
+    """A panel for each batch, each with its own axis: how much higher an ablation's final loss is than the full
+    optimizer's, seed by seed."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     sums: dict[str, float] = {}
     for group in groups.values():
         for label, summary in group.items():
             sums[label] = sums.get(label, 0.0) + summary.mean
     labels = sorted(sums, key=lambda label: -sums[label])
-    figure, every = panels(len(groups), height=0.9 + 0.42 * len(labels), share_y=True)
-    finite = [bound for g in groups.values() for s in g.values() if s.finite for bound in (s.low, s.high)]
-    low, high = min([0.0, *finite]), max([0.0, *finite])
-    room = max((high - low) * 0.22, 0.003)  # a smaller difference shall not fill the panel
+    figure, every = panels(len(groups), height=1.2 + 0.42 * len(labels), share_y=True)
     for axes, (batch, group) in zip(every, groups.items(), strict=True):
+        bounds = [0.0, *(bound for s in group.values() if s.finite for bound in (s.low, s.high))]
+        low, high = min(bounds), max(bounds)
+        room = max((high - low) * 0.3, 0.003)  # a smaller difference shall not fill the panel
         axes.axvline(0, color=look(full)[0], linewidth=1.6)
         for row, label in enumerate(labels):
             if label in group:
-                _ablation_bar(axes, row, group[label], place=room * 0.12)
+                _ablation_bar(axes, row, group[label], place=room * 0.1)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xlim(low - (room if low < 0 else 0.3 * room), high + room)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         axes.set(title=f"batch {batch:,}", xlabel=f"final loss minus {full}'s (nats a token)")
+    signs = [
+        Line2D([], [], color=look(full)[0], label=full),
+        Patch(color=_WORSE, label="a higher loss"),
+        Patch(color=_BETTER, label="a lower loss"),
+    ]
+    legend(figure, [], extra=signs)
     return figure
 
 
@@ -142,7 +156,7 @@ def _ablation_bar(axes: Any, row: int, summary: Summary, *, place: float) -> Non
         axes.text(place, row, "diverged on every seed", va="center", fontsize=8.5, color="#b3261e")
         return
     worse = summary.mean > 0
-    axes.barh(row, summary.mean, height=0.56, color="#9aa5b1" if worse else "#8fc1a9")
+    axes.barh(row, summary.mean, height=0.56, color=_WORSE if worse else _BETTER)
     axes.plot([summary.low, summary.high], [row, row], color="#1f2933", linewidth=1.3, marker="|", markersize=7)
     text = signed(summary.mean) + (f" ({summary.diverged} diverged)" if summary.diverged else "")
     right = max(summary.high, 0) + place if worse else min(summary.low, 0) - place
