@@ -45,6 +45,16 @@ def test_the_output_layers_norm_of_every_seed(page: Page) -> None:
     assert "output_operator_norm-peaks-0.8M_9.83_M_tokens" in page.ids
 
 
+def test_in_how_many_sequences_logits_were_sampled_is_said_where_it_is_known(tmp_path: Path) -> None:
+    for batch, micro in ((64, 64), (1024, 256)):
+        run = write_run(tmp_path / "study", optimizer="MERIT", batch=batch, lr=1e-2, seed=1, telemetry=True)
+        (run / "deepspeed.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": micro}))
+    text = report(tmp_path / "study")[1]
+    assert "In each rank's first micro-batch: 64 sequences at batch 64, 256 sequences at batch 1,024." in text
+    (run / "deepspeed.json").write_text("{}")
+    assert "In each rank's first micro-batch." in report(tmp_path / "study")[1]
+
+
 def test_a_parameter_without_finite_ratios_does_not_count() -> None:
     sample = {"layers.0.a.weight": [1.0, 2.0, 3.0], "layers.0.b.weight": [1.0, math.nan, math.inf]}
     assert spreads(sample, None) == {KINDS[1]: (1.0, 2.0, 3.0)}

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Of a quantity the largest value of all layers against steps: every seed at the best learning rate."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from merit_ds.lab.figures import look
@@ -32,6 +34,8 @@ def peak_parts(
     caption = f"{what}, against steps; mean over seeds with its last value, band: their range."
     if quantity.floor is not None:
         caption += f" No axis reaches below {quantity.floor:g}: what ends there has a ↓."
+    if quantity.partial:
+        caption += _micro_batches({b: [run for p in group.values() for run, _ in p] for b, group in found.items()})
     draw = partial(draw_peaks, lines, label=quantity.label, floor=quantity.floor)
     columns = [
         "batch",
@@ -44,6 +48,25 @@ def peak_parts(
     ]
     rows = [_row(batch, name, peaks, links) for batch, group in found.items() for name, peaks in group.items()]
     return [Plot(f"{slug(quantity.key)}-peaks-{slug(title)}", caption, draw), Table(f"{what}, by seed", columns, rows)]
+
+
+def _micro_batches(runs: Mapping[int, Sequence[Run]]) -> str:
+    """Where the runs were looked at, and in how many sequences, if that is known of all of them."""
+    sizes = {batch: {_micro_batch(run) for run in found} for batch, found in runs.items()}
+    known = [
+        f"{' or '.join(f'{size:,}' for size in sorted(filter(None, found)))} sequences at batch {batch:,}"
+        for batch, found in sizes.items()
+        if None not in found
+    ]
+    return " In each rank's first micro-batch" + (f": {', '.join(known)}." if len(known) == len(sizes) else ".")
+
+
+def _micro_batch(run: Run) -> int | None:
+    """Sequences of a rank's micro-batch."""
+    with suppress(ValueError, TypeError, AttributeError):
+        size = json.loads(run.text("deepspeed.json") or "{}").get("train_micro_batch_size_per_gpu")
+        return None if size is None else int(size)
+    return None
 
 
 def _peaks(one: Tuned, quantity: Quantity) -> Peaks:

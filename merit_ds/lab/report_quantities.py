@@ -38,6 +38,8 @@ class Quantity:
     logarithmic: bool = False
     peaks: bool = False
     """Whether the largest value of all layers is shown for every seed too."""
+    partial: bool = False
+    """Whether it is seen in each rank's first micro-batch alone, so that the micro-batch's size matters."""
     floor: float | None = None
     """No axis or colour scale reaches below it, so that one optimizer's tiny values do not flatten all others."""
 
@@ -47,18 +49,21 @@ QUANTITIES = (
         key="max_attention_logit",
         title="Attention logits",
         label="max attention logit",
-        text="The largest entry of QK^T/sqrt(d) of each layer, before the softmax. Where it runs away, attention "
+        text="The largest entry of QK^T/sqrt(d) of each layer, before the softmax, in every rank's first micro-batch "
+        "of the sampled step: the more sequences that has, the larger it tends to be. Where it runs away, attention "
         "saturates on single tokens.",
         beside="the paper's figures 2 and 14",
         logarithmic=True,
         peaks=True,
+        partial=True,
         floor=1.0,
     ),
     Quantity(
         key="attention_entropy",
         title="Attention entropy",
         label="attention entropy (nats)",
-        text="Mean entropy of the attention weights of a query: low means that it looks at few tokens.",
+        text="Mean entropy of the attention weights of a query, in every rank's first micro-batch of the sampled step: "
+        "low means that it looks at few tokens.",
     ),
     Quantity(
         key="ratios",
