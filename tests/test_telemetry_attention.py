@@ -11,13 +11,20 @@ from torch import nn
 
 from merit_ds.errors import UnsupportedError
 from merit_ds.telemetry import attention
-from merit_ds.telemetry.attention import AttentionWatch, logits_and_entropy
+from merit_ds.telemetry.attention import AttentionWatch, attention_values
 from merit_ds.telemetry.reduction import Reduction
+from merit_ds.telemetry.values import OF_ATTENTION
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.model import build_model
 
 CPU = torch.device("cpu")
 WIDTH = 8
+
+
+def measured(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> list[float]:
+    """The largest logit, the sum of the entropies, their number."""
+    found = attention_values(query, key, OF_ATTENTION, scale=scale)
+    return [float(found["max_attention_logit"]), *found["attention_entropy"].tolist()]
 
 
 def explicit(query: torch.Tensor, key: torch.Tensor, *, scale: float) -> tuple[float, float, int]:
@@ -48,15 +55,14 @@ def test_logits_and_entropy_are_those_of_the_softmax(monkeypatch, scores: int, g
     generator = torch.Generator().manual_seed(groups)
     query = 2 * torch.randn(21, 3, 4, WIDTH, generator=generator)
     key = torch.randn(21, 3, groups, WIDTH, generator=generator)
-    found = logits_and_entropy(query, key, scale=0.6).tolist()
-    assert found == pytest.approx(explicit(query, key, scale=0.6), rel=1e-5)
+    assert measured(query, key, scale=0.6) == pytest.approx(explicit(query, key, scale=0.6), rel=1e-5)
 
 
 def test_a_key_of_the_future_does_not_count() -> None:
     query, key = torch.ones(5, 1, 1, WIDTH), torch.zeros(5, 1, 1, WIDTH)
     key[4] = 1
-    assert logits_and_entropy(query[:4], key[:4], scale=1.0)[0] == 0
-    largest, entropy, _ = logits_and_entropy(query, key, scale=1.0).tolist()
+    assert measured(query[:4], key[:4], scale=1.0)[0] == 0
+    largest, entropy, _ = measured(query, key, scale=1.0)
     assert largest == WIDTH
     # All earlier queries attend to their i + 1 keys alike, the last one hardly to any but its own.
     last = -sum(share * math.log(share) for share in torch.tensor([0.0] * 4 + [WIDTH]).double().softmax(0).tolist())
@@ -66,7 +72,7 @@ def test_a_key_of_the_future_does_not_count() -> None:
 def test_a_nan_reaches_the_eye() -> None:
     query = torch.zeros(5, 1, 1, WIDTH)
     query[3, 0, 0, 2] = math.nan
-    assert logits_and_entropy(query, torch.ones_like(query), scale=1.0)[:2].isnan().all()
+    assert all(map(math.isnan, measured(query, torch.ones_like(query), scale=1.0)[:2]))
 
 
 class _Kernel(nn.Module):
@@ -111,7 +117,7 @@ def test_a_watch_sees_each_layer_in_one_forward_pass(recomputed: bool) -> None:
         model = build_model(shape, vocab_size=256, dtype=torch.float32, device="cpu", seed=1)
         unwatched = run(model)
         before = hooks(model)
-        watch = AttentionWatch(model)
+        watch = AttentionWatch(model, OF_ATTENTION)
         assert hooks(model) == before + 3 + 1
         watched = run(model)
         assert hooks(model) == before
@@ -137,4 +143,4 @@ def test_a_watch_sees_each_layer_in_one_forward_pass(recomputed: bool) -> None:
 
 def test_a_model_without_such_attention_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"leave attention out of telemetry\.values"):
-        AttentionWatch(nn.Linear(2, 2))
+        AttentionWatch(nn.Linear(2, 2), OF_ATTENTION)

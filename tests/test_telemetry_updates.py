@@ -15,6 +15,7 @@ from tensor_parallel_cases import whole
 from merit_ds import split_qkv
 from merit_ds.telemetry.reduction import Reduction
 from merit_ds.telemetry.updates import UpdateTotals
+from merit_ds.telemetry.values import OF_UPDATES
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.model import build_model, initialise_megatron
 from merit_ds.training.parallel import MegatronGroups
@@ -53,7 +54,7 @@ def observed(case: str, optimizer: dict[str, Any]) -> dict[str, Any]:
         },
     )[0]
     before = {name: whole(p, p.detach()).numpy() for name, p in model.named_parameters() if p.requires_grad}
-    totals = UpdateTotals(model, CPU)
+    totals = UpdateTotals(model, OF_UPDATES, device=CPU)
     engine.basic_optimizer.inspect = totals.add
     engine.backward(loss_with_gradients(model))
     engine.step()

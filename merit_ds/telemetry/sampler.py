@@ -76,9 +76,9 @@ class Telemetry:
             return
         model, optimizer = self._engine.module, self._engine.basic_optimizer
         if self._wanted & OF_ATTENTION:
-            self._attention = AttentionWatch(model)
+            self._attention = AttentionWatch(model, self._wanted)
         if self._wanted & OF_UPDATES and isinstance(optimizer, ShardedOptimizer) and optimizer.rule.norm is not None:
-            self._updates = UpdateTotals(model, self._device)
+            self._updates = UpdateTotals(model, self._wanted, device=self._device)
             optimizer.inspect = self._updates.add
         self._weights = {}
         # Data-parallel ranks hold the same weights: the ranks of the first of them are enough.

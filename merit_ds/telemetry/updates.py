@@ -4,7 +4,7 @@
 The optimizer shows each rank its pieces of every weight, between the exchange of norms and the change of the weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merit_ds.inspection import Observed
 from merit_ds.megatron import tensor_parallel_group
 from merit_ds.telemetry.reduction import Reduction, Result
+from merit_ds.telemetry.values import OF_UPDATES
 
 
 class UpdateTotals:
@@ -24,10 +25,12 @@ class UpdateTotals:
 
     Args:
         model: whose parameters the optimizer was constructed with.
+        wanted: names of values; others than those in OF_UPDATES are left alone.
         device: where ranks can reduce.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, wanted: Collection[str], *, device: torch.device) -> None:
+        self._wanted = wanted
         named = list(model.named_parameters())
         self._names = [name for name, _ in named]
         group = tensor_parallel_group()
@@ -38,7 +41,7 @@ class UpdateTotals:
         }
         self._index = {id(parameter): index for index, (_, parameter) in enumerate(named)}
         # Elements, their ratios; those that may be clipped, those that are; those that have a whole weight's ratio
-        # beside others, those where it decides.
+        # beside others, those where it decides. Of what is not wanted 0.
         self._sums = torch.zeros(len(named), 6, dtype=torch.float64, device=device)
         # The smallest ratio, negated, and the largest.
         self._extremes = torch.full((len(named), 2), -torch.inf, dtype=torch.float64, device=device)
@@ -49,15 +52,20 @@ class UpdateTotals:
         for piece in pieces:
             index, elements = self._index[id(piece.owner)], piece.update.numel()
             ratio = piece.ratio.expand_as(piece.update)
-            reached = ((ratio * piece.update).abs_() >= piece.clip).sum()
+            total: Tensor | int = 0
+            clipped: tuple[Tensor | int, ...] = (0, 0)
             whole: tuple[Tensor | int, ...] = (0, 0)
+            if "ratios" in self._wanted:
+                total = ratio.sum(dtype=torch.float64)
+                extremes = self._stack(-piece.ratio.amin(), piece.ratio.amax())
+                self._extremes[index] = torch.maximum(self._extremes[index], extremes)
+            if "clipped_share" in self._wanted:
+                reached = ((ratio * piece.update).abs_() >= piece.clip).sum()
+                clipped = elements * (piece.clip < torch.inf), reached
             # A ratio that is a scalar is the whole weight's, with no others beside it.
-            if piece.whole is not None and piece.ratio.dim():
+            if "whole_share" in self._wanted and piece.whole is not None and piece.ratio.dim():
                 whole = elements, torch.eq(ratio, piece.whole).sum()
-            clipped = elements * (piece.clip < torch.inf), reached
-            self._sums[index] += self._stack(elements, ratio.sum(dtype=torch.float64), *clipped, *whole)
-            extremes = self._stack(-piece.ratio.amin(), piece.ratio.amax())
-            self._extremes[index] = torch.maximum(self._extremes[index], extremes)
+            self._sums[index] += self._stack(elements, total, *clipped, *whole)
 
     def add_to(self, reduction: Reduction) -> None:
         """Have the totals of all ranks reduced."""
@@ -65,25 +73,28 @@ class UpdateTotals:
         self._all_extremes: Result = reduction.maximum(self._extremes)
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """`ratios`, `clipped_share` and `whole_share` by parameter, once the reduction has run, and `elements`: how
-        many of them each of these parameters has, to weight the shares by.
+        """`ratios`, `clipped_share` and `whole_share` by parameter, as far as wanted, once the reduction has run, and
+        `elements`: how many of them each of these parameters has, to weight the shares by.
 
         A parameter that was not stepped is left out; so is, from `clipped_share`, one that is never clipped, and from
         `whole_share` one that has no such ratio beside others: a vector, or any weight of a rule with the whole
         weight's ratio alone or without it.
         """
-        ratios, clipped, whole = {}, {}, {}
+        values: dict[str, dict[str, Any]] = {value: {} for value in sorted(OF_UPDATES.intersection(self._wanted))}
+        sizes = {}
         totals = zip(self._names, self._all_sums().tolist(), self._all_extremes().tolist(), strict=True)
         for name, (elements, ratio, clippable, reached, bounded, decided), (smallest, largest) in totals:
             if not elements:
                 continue
-            ratios[name] = [-smallest, ratio / elements, largest]
+            sizes[name] = self._elements[name]
+            found: dict[str, Any] = {"ratios": [-smallest, ratio / elements, largest]}
             if clippable:
-                clipped[name] = reached / clippable
+                found["clipped_share"] = reached / clippable
             if bounded:
-                whole[name] = decided / bounded
-        sizes = {name: self._elements[name] for name in ratios}
-        return {"ratios": ratios, "clipped_share": clipped, "whole_share": whole, "elements": sizes}
+                found["whole_share"] = decided / bounded
+            for value in values.keys() & found:
+                values[value][name] = found[value]
+        return values | {"elements": sizes}
 
     def _stack(self, *numbers: Tensor | float) -> Tensor:
         device = self._sums.device
