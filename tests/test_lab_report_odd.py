@@ -154,6 +154,23 @@ def test_times_that_disagree_are_said_and_not_drawn(tmp_path):
     assert len(cost_section(read_study(tmp_path / "times").runs, Links(tmp_path)).parts) == 1  # one bar is no picture
 
 
+def test_a_hessian_counts_by_its_share_in_the_report(tmp_path):
+    """Every fifth step takes three times as long, which no median shows. result.json, of an older revision, has one."""
+    write_run(tmp_path / "times", optimizer="AdamW", batch=1024, lr=2e-3, seed=1)
+    run = write_run(tmp_path / "times", optimizer="LAMB", batch=1024, lr=1e-2, seed=1)
+    (before,) = [float(row[4].split()[0]) for row in _cost_rows(tmp_path / "times") if row[2] == "LAMB"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "seconds" in row and row["iteration"] % 5 == 1:
+            row |= {"seconds": 3 * row["seconds"], "tflops_per_gpu": row["tflops_per_gpu"] / 3}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"type": "MeritSophiaG", "params": {"hessian_interval": 5}}
+    (run / "deepspeed.json").write_text(json.dumps({"optimizer": settings}))
+    (found,) = [row for row in _cost_rows(tmp_path / "times") if row[2] == "LAMB"]
+    assert float(found[4].split()[0]) == pytest.approx(1.4 * before, rel=0.01)
+    assert float(found[5]) == pytest.approx(20 / 1.4 / (16 * 0.186), rel=0.02)
+
+
 def _cost_rows(study):
     table = cost_section(read_study(study).runs, Links(study)).parts[-1]
     return [[entry.parts[0][0] for entry in row] for row in table.rows]

@@ -19,7 +19,6 @@ from merit_ds.lab.report_statistics import (
     paired_difference,
     signed,
     smooth,
-    steady_median,
     steps_to_loss,
     summarize,
     winner,
@@ -184,14 +183,6 @@ def test_target_is_reached_by_all():
 
 def test_ideal_steps():
     assert ideal_steps(800, batch=64, at=256) == 200
-
-
-def test_steady_median():
-    rows = [(5, 100.0), (10, 90.0), (15, 3.0), (20, 1.0), (25, math.nan), (30, 2.0)]
-    assert steady_median(rows, warm_up=10) == 2.0
-    assert steady_median(rows[:3], warm_up=20) == 46.5  # all but the first
-    assert steady_median(rows[:1], warm_up=20) == 100.0
-    assert steady_median([], warm_up=1) is None
 
 
 def test_smooth_has_no_lag_and_no_nan_in_its_means():

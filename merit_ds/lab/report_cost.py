@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report's section on what a step costs: seconds and FLOP/s by optimizer and model."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -11,10 +13,8 @@ from merit_ds.lab.figures_cost import draw_cost
 from merit_ds.lab.report_links import Links
 from merit_ds.lab.report_page import Cell, Plot, Section, Table, cell
 from merit_ds.lab.report_runs import Run, number
-from merit_ds.lab.report_statistics import steady_median
+from merit_ds.lab.step_time import WARM_UP, period_of, seconds_a_step, tflops_a_rank
 
-WARM_UP = 10
-"""Steps that are left out: caches fill, libraries load, kernels compile."""
 AGREE = 0.05
 """How far from an optimizer's median, as a share of it, a run's time may lie."""
 
@@ -42,16 +42,17 @@ class Times:
 
 
 def cost_section(runs: Sequence[Run], links: Links) -> Section | None:
-    """Medians over runs of each run's median step, for each model, batch and device."""
+    """Medians over runs of what a step takes, for each model, batch and device."""
     section = Section("Time a step and FLOP/s", "cost")
     section.text.append(
-        f"The median step of each run after its first {WARM_UP}, evaluation and saving not counted, then the median "
-        "over runs. FLOP/s are the model's own, without recomputation, for each rank. Times are compared, and drawn, "
-        f"where each run had the machine for itself and all of an optimizer's lie within {AGREE:.0%} of their median."
+        f"What a step of each run usually takes after its first {WARM_UP}, evaluation and saving not counted, and "
+        "Sophia-G's Hessian by its share; then the median over runs. FLOP/s are the model's own, without "
+        "recomputation, for each rank. Times are compared, and drawn, where each run had the machine for itself and "
+        f"all of an optimizer's lie within {AGREE:.0%} of their median."
     )
     groups: dict[tuple[str, int, str], dict[str, list[Run]]] = {}
     for run in runs:
-        if run.variant is None and _seconds(run) is not None:
+        if run.variant is None and run_seconds(run) is not None:
             key = (run.family.title, run.batch, str(run.result.get("device") or "device not recorded"))
             groups.setdefault(key, {}).setdefault(run.optimizer, []).append(run)
     if not groups:
@@ -93,7 +94,7 @@ def _adamw(times: Mapping[str, Times]) -> Times | None:
 
 
 def _times(runs: Sequence[Run]) -> Times:
-    return Times([_seconds(run) or 0.0 for run in runs], alone=all(_jobs(run) == 1 for run in runs))
+    return Times([run_seconds(run) or 0.0 for run in runs], alone=all(_jobs(run) == 1 for run in runs))
 
 
 def _compared(name: str, times: Mapping[str, Times]) -> str:
@@ -116,14 +117,22 @@ def _jobs(run: Run) -> int:
     return int(number(run.result.get("jobs")) or 1)
 
 
-def _seconds(run: Run) -> float | None:
-    measured = steady_median(run.curve("seconds"), warm_up=WARM_UP)
+def run_seconds(run: Run) -> float | None:
+    """Seconds a step, of the run's metrics where they are kept, so that all runs are measured in one way."""
+    measured = seconds_a_step(run.metrics, period=_period(run))
     return measured if measured is not None else number(run.result.get("seconds_per_step"))
 
 
-def _tflops(run: Run) -> float | None:
-    measured = steady_median(run.curve("tflops_per_gpu"), warm_up=WARM_UP)
+def run_tflops(run: Run) -> float | None:
+    """The model's TFLOP/s a rank, likewise."""
+    measured = tflops_a_rank(run.metrics, period=_period(run))
     return measured if measured is not None else number(run.result.get("tflops_per_gpu"))
+
+
+def _period(run: Run) -> int:
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        return period_of(json.loads(run.text("deepspeed.json") or "null"))
+    return 1
 
 
 def _row(
@@ -135,10 +144,10 @@ def _row(
     times: Mapping[str, Times],
     links: Links,
 ) -> list[Cell]:
-    speeds = [speed for run in runs if (speed := _tflops(run)) is not None]
+    speeds = [speed for run in runs if (speed := run_tflops(run)) is not None]
     parts: list[tuple[str, str | None]] = []
     for run in runs:
-        parts += [(" " if parts else "", None), (three_digits(_seconds(run) or 0.0), links.run(run))]
+        parts += [(" " if parts else "", None), (three_digits(run_seconds(run) or 0.0), links.run(run))]
     return [
         cell(model),
         cell(f"{batch:,}"),

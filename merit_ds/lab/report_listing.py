@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merit_ds.lab.figures import look
+from merit_ds.lab.report_cost import run_seconds, run_tflops
 from merit_ds.lab.report_links import Links, anchor
 from merit_ds.lab.report_loss import Tuned, by_family
 from merit_ds.lab.report_page import Cell, Details, Section, Table, cell
@@ -163,8 +164,8 @@ def _facts(run: Run, links: Links) -> list[tuple[str, Cell]]:
         ("seed", run.seed),
         ("final validation loss", _number_text(result.get("final_valid_loss"))),
         ("lowest validation loss", _number_text(result.get("best_valid_loss"))),
-        ("seconds a step", _number_text(result.get("seconds_per_step"))),
-        ("TFLOP/s a rank", _number_text(result.get("tflops_per_gpu"))),
+        ("seconds a step", _number_text(run_seconds(run))),
+        ("TFLOP/s a rank", _number_text(run_tflops(run))),
         ("wall time", _duration(number(result.get("wall_seconds")))),
         ("git revision", result.get("git")),
         ("versions", _versions(result.get("versions"))),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report computes from losses and times: pure functions of plain numbers.
+"""What the report computes from losses: pure functions of plain numbers.
 
 A loss is in nats a token; a run that diverged has the loss infinity, so it can never be the best of anything.
 """
@@ -7,7 +7,7 @@ A loss is in nats a token; a run that diverged has the loss infinity, so it can 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 Edge = Literal["lowest", "highest", "only"]
@@ -221,20 +221,6 @@ def default_target(final_losses: Iterable[float]) -> float | None:
 def ideal_steps(steps: float, *, batch: int, at: int) -> float:
     """Steps at batch `at` if twice the batch needed half the steps, from `steps` at `batch`."""
     return steps * batch / at
-
-
-def steady_median(rows: Sequence[tuple[int, float]], *, warm_up: int) -> float | None:
-    """Median of the values after the first `warm_up` steps; of all but the first row where nothing else is left.
-
-    Args:
-        rows: (optimizer steps done, value a step), by ascending steps.
-
-    Returns:
-        None without a finite value.
-    """
-    finite = [(step, value) for step, value in rows if math.isfinite(value)]
-    steady = [value for step, value in finite if step > warm_up] or [value for _, value in finite[1:] or finite]
-    return median(steady) if steady else None
 
 
 def smooth(values: Sequence[float], *, reach: int) -> list[float]:

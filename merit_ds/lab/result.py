@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import statistics
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from merit_ds.lab.attempts import exclusive, wall_seconds
 from merit_ds.lab.points import Cell, Point
 from merit_ds.lab.recipe import RESULT, RunPlan
 from merit_ds.lab.report_runs import shorten_paths
+from merit_ds.lab.step_time import period_of, seconds_a_step, tflops_a_rank
 from merit_ds.lab.study import Study
 from merit_ds.training.manifest import write_text
 from merit_ds.training.report import RunFolder
@@ -65,7 +65,7 @@ def write_result(
 ) -> dict[str, Any]:
     """Judge a run that has ended and write its `result.json`, atomically; returns its content.
 
-    Numbers that are not finite become null. `seconds_per_step` and `tflops_per_gpu` are medians over the log lines;
+    Numbers that are not finite become null. `seconds_per_step` and `tflops_per_gpu` are as in `step_time.py`;
     `wall_seconds` includes starting, evaluation, saving and every interrupted attempt; `git` names the revision of
     each start.
 
@@ -77,7 +77,7 @@ def write_result(
     status, reason = judge(folder, steps=plan.steps, succeeded=succeeded, crashed=crashed)
     rows = RunFolder(folder).rows()
     valid = [row["valid_loss"] for row in rows if "valid_loss" in row and math.isfinite(row["valid_loss"])]
-    train = [row for row in rows if "loss" in row]
+    period = period_of(plan.deepspeed)
     last = final_loss(rows, steps=plan.steps)
     path = folder / "run.json"
     run = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -90,8 +90,8 @@ def write_result(
         "initial_valid_loss": final_loss(rows, steps=0),
         "final_valid_loss": last if last is not None and math.isfinite(last) else None,
         "best_valid_loss": min(valid, default=None),
-        "seconds_per_step": _median(train, "seconds"),
-        "tflops_per_gpu": _median(train, "tflops_per_gpu"),
+        "seconds_per_step": seconds_a_step(rows, period=period),
+        "tflops_per_gpu": tflops_a_rank(rows, period=period),
         "wall_seconds": wall_seconds(folder),
         "git": ", ".join(dict.fromkeys(start["git"] for start in run.get("starts", ()) if start["git"])) or None,
         "versions": run.get("versions"),
@@ -156,10 +156,6 @@ def write_tunings(output: Path, tunings: dict[Cell, Any]) -> None:
     ]
     with exclusive(output / "results.lock"):
         write_text(output / "tuning.json", json.dumps(rows, indent=1) + "\n")
-
-
-def _median(rows: list[dict[str, Any]], key: str) -> float | None:
-    return statistics.median(row[key] for row in rows) if rows else None
 
 
 def _log(folder: Path) -> str:
