@@ -157,11 +157,31 @@ def test_times_that_cannot_be_compared_have_no_ratio():
     """Neither those on a shared machine nor those that disagree, of either side."""
     adamw, lamb, merit = (Times([seconds] * 2, alone=True) for seconds in (2.0, 3.0, 4.0))
     assert ratios_to_adamw({"AdamW": adamw, "LAMB": lamb}) == {"AdamW": 1.0, "LAMB": 1.5}
-    shared, apart = Times([2.0, 2.0], alone=False), Times([1.9, 2.0, 2.11], alone=True)
+    shared, apart = Times([2.0, 2.0], alone=False), Times([1.9, 2.0, 2.3], alone=True)
     assert ratios_to_adamw({"AdamW": adamw, "LAMB": shared, "MERIT": merit}) == {"AdamW": 1.0, "LAMB": None, "MERIT": 2}
-    assert not apart.agree and Times([1.91, 2.0, 2.09], alone=True).agree
     for other in (shared, apart):
         assert set(ratios_to_adamw({"AdamW": other, "MERIT": merit}).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "agree"),
+    [
+        ([2.0], True),
+        ([2.0, 2.1], True),
+        ([2.0, 3.0], False),
+        ([1.91, 2.0, 2.09], True),
+        ([1.9, 2.0, 4.0], False),
+        ([1.0, 2.0, 2.01], False),
+        ([2.0, 2.01, 1.99, 40.0, 2.02], True),  # one of five
+        ([2.0, 2.01, 1.99, 40.0, 30.0], False),
+        ([0.1, 2.01, 1.99, 0.2, 2.0], False),
+        ([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 40.0], True),
+        ([2.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 3.0], False),  # half of them in each of two places
+    ],
+    ids=str,
+)
+def test_times_agree_where_their_middle_half_does(seconds, agree):
+    assert Times(seconds, alone=True).agree is agree
 
 
 def test_page_is_self_contained(whole, study):
