@@ -200,6 +200,23 @@ def check_a_state_that_cannot_be_saved(engine: Any, root: Path) -> None:
     assert "file" in message(lambda: save(engine, root / "file", 1))
 
 
+def check_weights_that_are_not_there(engine: Any, root: Path) -> None:
+    """A writer that DeepSpeed leaves behind has written nothing when `save_checkpoint` returns."""
+    folder = root / "unwritten"
+    save(engine, folder, 1)
+    written = engine.save_checkpoint
+
+    def save_late(parent: str, *, tag: str, **options: Any) -> None:
+        written(parent, tag=tag, **options)
+        on_rank_zero((Path(parent) / tag / WEIGHTS).unlink)
+
+    engine.save_checkpoint = save_late
+    refusal = message(lambda: save(engine, folder, 2))
+    engine.save_checkpoint = written
+    assert "step 2: 0 of 1 files of weights are there" in refusal
+    assert [path.name for path in folder.glob("*/")] == ["global_step1"]
+
+
 def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_after_the_kill(killed)
     check_resume(root)
@@ -212,6 +229,7 @@ def all_cases(rank: int, root: Path, killed: Path) -> None:
     check_full_disk(engine, root)
     check_other_runs(engine, root)
     check_a_state_that_cannot_be_saved(engine, root)
+    check_weights_that_are_not_there(engine, root)
     save_without_zero(root / "stage_0")
 
 

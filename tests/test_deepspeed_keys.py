@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from engine_state import message
 from ranks import run_ranks
 
@@ -54,6 +55,17 @@ def test_other_keys_that_deepspeed_ignores_are_warned_of_once(caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         check_keys(ds_config, path="ds.json")
     assert caplog.messages == ["ds.json: DeepSpeed does not know these keys, and ignores them: cluster, owner"]
+
+
+@pytest.mark.parametrize(
+    ("said", "enabled"),
+    [({}, False), ({"timers": {"throughput": {"enabled": True}}}, True), ({"steps_per_print": 10}, True)],
+)
+def test_deepspeed_s_timer_waits_for_the_device_only_where_its_number_is_wanted(
+    said: dict[str, Any], enabled: bool
+) -> None:
+    plan = plan_of(Config.model_validate(RECIPE), DEEPSPEED | said, world=1)
+    assert DeepSpeedConfig(plan.ds_config).timers_config.enabled == enabled
 
 
 def divide_the_ranks(rank: int) -> str:

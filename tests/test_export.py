@@ -2,18 +2,22 @@
 """The export of a run's weights: loaded by transformers, they give the run's logits."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import launch
 import pytest
 import torch
 from alone import megatron_alone
+from planted import change
 from transformers import AutoModelForCausalLM
 
 from merit_ds.errors import InputError
 from merit_ds.training.checkpoint_weights import load_model, open_run
 from merit_ds.training.config import ModelConfig
 from merit_ds.training.export import export, main
+from merit_ds.training.manifest import read_manifest, write_manifest
 from merit_ds.training.transformers_names import transformers_config
 from merit_ds.training.universal import make_universal
 
@@ -65,6 +69,34 @@ def test_transformers_gets_the_runs_logits(folder: Path, name: str) -> None:
         found = theirs.eval()(tokens).logits
     assert found.shape == expected.shape  # with the rows by which the vocabulary was padded
     assert (found - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "split"])
+def test_a_run_of_transformer_engine_s_layers_is_read_as_well(folder: Path, tmp_path: Path, name: str) -> None:
+    """These hold a norm in the linear layer behind it; renamed, as there is no Transformer Engine on a CPU."""
+    run, renamed = folder / name, tmp_path / name
+    shutil.copytree(run, renamed)
+    with megatron_alone():
+        expected = load_model(open_run(run), device=torch.device("cpu")).state_dict()
+        checkpoint = open_run(renamed).checkpoint.path
+        if name == "split":
+            for path in sorted((checkpoint / "zero").glob("*layernorm*")):
+                path.rename(path.with_name(fused(path.name)))
+        else:
+            file = "mp_rank_00_model_states.pt"
+            change(
+                checkpoint, file, lambda state: state.update(module={fused(k): v for k, v in state["module"].items()})
+            )
+        manifest = read_manifest(checkpoint)
+        files = {fused(file): entry for file, entry in manifest.files.items()}
+        write_manifest(checkpoint, replace(manifest, files=files))
+        found = load_model(open_run(renamed), device=torch.device("cpu")).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items() if isinstance(value, torch.Tensor))
+
+
+def fused(name: str) -> str:
+    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    return name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 def test_a_step_can_be_chosen_and_nothing_is_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

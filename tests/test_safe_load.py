@@ -53,6 +53,18 @@ def check_loading(engine: Any, source: Path, checkpoint: str, name: str) -> None
     dist.barrier()
 
 
+def check_extra_state(engine: Any, source: Path, checkpoint: str) -> None:
+    """Bytes in a tensor are data to torch, and Transformer Engine's layers unpickle those of this name."""
+    folder = copy(source, f"{source.name}_extra_state")
+    bytes_ = torch.ones(3, dtype=torch.uint8)
+    on_rank_zero(
+        lambda: change(folder / checkpoint, MODEL, lambda s: s["module"].update({"layer._extra_state": bytes_}))
+    )
+    line = message(lambda: load_checkpoint(engine, folder, model={}))
+    assert f"{folder / checkpoint / MODEL}: layer._extra_state is not empty" in line, line
+    dist.barrier()
+
+
 def check_saving(engine: Any, folder: Path) -> None:
     """What could not be loaded again is not saved; and nothing else is lost."""
     save_checkpoint(engine, folder, step=1, model={}, client_state={}, keep=1)
@@ -76,6 +88,8 @@ def all_cases(rank: int, root: Path) -> None:
         check_loading(engine, shards, STEP, name)
     for name in UNIVERSAL:
         check_loading(engine, universal, f"{STEP}_universal", name)
+    check_extra_state(engine, shards, STEP)
+    check_extra_state(engine, universal, f"{STEP}_universal")
     # What nobody has touched loads.
     for folder in (shards, universal):
         assert load_checkpoint(build(CASE), folder, model={}) == {"step": 1}

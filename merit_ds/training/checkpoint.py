@@ -42,7 +42,7 @@ from merit_ds.training.checkpoint_folder import (
 )
 from merit_ds.training.manifest import Manifest, find_damage, write_text
 from merit_ds.training.resharding import load_universal, universal_info
-from merit_ds.training.safe_load import no_code, refuse_other, stage_as_number
+from merit_ds.training.safe_load import no_code, refuse_extra_state, refuse_other, stage_as_number
 from merit_ds.training.universal import make_universal
 
 CLIENT_STATE = "merit_ds"
@@ -90,7 +90,7 @@ def save_checkpoint(
             zero_stage=int(engine.zero_optimization_stage()),
             setup=setup_of(engine),
             model=model,
-            files=_hash_shares(unfinished, sharded=engine.zero_optimization_stage() > 0, failing=failing),
+            files=_hash_shares(unfinished, engine, failing=failing),
         )
         path = folder / from_rank_zero(lambda: _commit(folder, unfinished, manifest), failing=failing)
     except InputError:
@@ -218,6 +218,7 @@ def _write_shards(engine: Any, unfinished: Path, client_state: dict[str, Any]) -
 
 
 def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    refuse_extra_state(checkpoint.path)
     engine._config.load_universal_checkpoint = checkpoint.manifest.universal
     with no_code(checkpoint.path):
         if checkpoint.manifest.universal:
@@ -230,12 +231,15 @@ def _load(engine: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def _hash_shares(unfinished: Path, *, sharded: bool, failing: str) -> dict[str, tuple[int, str]]:
+def _hash_shares(unfinished: Path, engine: Any, *, failing: str) -> dict[str, tuple[int, str]]:
     """Every file's size and sha256; each rank looks into a share of the files, and flushes it to the disk first."""
     names = from_rank_zero(lambda: file_names(unfinished), failing=failing)
     shards = sum(name.endswith("_optim_states.pt") for name in names)
-    if sharded and shards != dist.get_world_size():
+    if engine.zero_optimization_stage() > 0 and shards != dist.get_world_size():
         raise InputError(f"{failing}: {shards} of {dist.get_world_size()} ranks' shards are there: one folder for all?")
+    models, splits = sum(name.endswith("_model_states.pt") for name in names), setup_of(engine)["tensor_parallel"]
+    if models != splits:
+        raise InputError(f"{failing}: {models} of {splits} files of weights are there: one folder for all?")
     share = names[dist.get_rank() :: dist.get_world_size()]
 
     def hash_share() -> list[list[Any]]:

@@ -106,17 +106,23 @@ def _read_shared(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> Pairs:
     """From the file that every ZeRO stage below 3 writes: the weights that the forward pass uses."""
     path = checkpoint / "mp_rank_00_model_states.pt"
     saved = read(path, mmap=True)["module"]
-    return {name: (saved.get(name), target) for name, target in wanted.items()}
+    return {name: (saved.get(name, saved.get(_fused_name(name))), target) for name, target in wanted.items()}
 
 
 def _read_universal(checkpoint: Path, wanted: dict[str, torch.Tensor]) -> Pairs:
     """From a file for each weight."""
     pairs: Pairs = {}
     for name, target in wanted.items():
-        path = checkpoint / "zero" / name / "fp32.pt"
-        saved = read(path)["param"] if path.exists() else None
+        paths = [checkpoint / "zero" / other / "fp32.pt" for other in (name, _fused_name(name))]
+        saved = next((read(path)["param"] for path in paths if path.exists()), None)
         pairs[name] = saved, target
     return pairs
+
+
+def _fused_name(name: str) -> str:
+    """What Transformer Engine's layers call it, which hold a norm in the linear layer behind it."""
+    name = name.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 
 def _check_model(config: Config, checkpoint: Checkpoint) -> None:

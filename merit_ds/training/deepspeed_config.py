@@ -113,6 +113,17 @@ def place_monitors(ds_config: dict[str, Any], folder: str | None) -> dict[str, A
     return placed
 
 
+def quiet_timer(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON without DeepSpeed's throughput timer, unless it says something of it or of `steps_per_print`.
+
+    On a GPU the timer waits for the device twice in every micro-batch, by default, for a number that is not printed:
+    the log has the trainer's own.
+    """
+    if "steps_per_print" in ds_config or "throughput" in section(ds_config, "timers"):
+        return ds_config
+    return ds_config | {"timers": section(ds_config, "timers") | {"throughput": {"enabled": False}}}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
@@ -131,6 +142,17 @@ def _check_sections(ds_config: dict[str, Any]) -> None:
             "sequence_parallel_size: DeepSpeed would divide the ranks by it, and this trainer would not; remove it "
             "(model.sequence_parallel in the recipe splits the sequence among tensor-parallel ranks)"
         )
+    if ds_config.get("managed_gradient_accumulation", True) is not True:
+        raise InputError(
+            "managed_gradient_accumulation: without it DeepSpeed would make a step of every micro-batch; remove it"
+        )
+    if ds_config.get("gradient_allreduce_op", "avg") != "avg":
+        raise InputError(
+            "gradient_allreduce_op: gradients, clipping and so the steps would depend on the number of ranks; remove it"
+        )
+    if "datastates_ckpt" in ds_config or "writer" in section(ds_config, "checkpoint"):
+        name = "datastates_ckpt" if "datastates_ckpt" in ds_config else "checkpoint.writer"
+        raise InputError(f"{name}: DeepSpeed would still be writing when the checkpoint is called complete; remove it")
     if "activation_checkpointing" in ds_config:
         raise InputError(
             "activation_checkpointing is for models that call DeepSpeed's own, and this one does not: remove it, and "

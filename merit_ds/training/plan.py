@@ -14,6 +14,7 @@ from merit_ds.training.deepspeed_config import (
     model_dtype,
     optimizer_type,
     place_monitors,
+    quiet_timer,
     read_deepspeed_json,
     section,
 )
@@ -65,7 +66,7 @@ def plan_of(config: Config, ds_config: dict[str, Any], *, world: int, rank: int 
     Raises:
         InputError: something does not fit.
     """
-    ds_config = place_monitors(ds_config, config.run.save)
+    ds_config = quiet_timer(place_monitors(ds_config, config.run.save))
     _check_tensor_parallel(config.model, ds_config, ranks=world)
     if optimizer_type(ds_config) == "muon":
         _check_muon(config.model, ds_config)

@@ -83,6 +83,24 @@ def refuse_other(path: Path) -> None:
         raise InputError(f"{found}, which is no data, so it could not be loaded again")
 
 
+def refuse_extra_state(checkpoint: Path) -> None:
+    """Look whether a checkpoint's weights come with states that Transformer Engine would unpickle out of plain bytes.
+
+    They are for FP8, which the trainer does not use, so its own are empty.
+
+    Raises:
+        InputError: one is not empty. Nothing of it was unpickled.
+    """
+    for path in sorted(checkpoint.rglob("mp_rank_*_model_states.pt")):
+        for name, value in read(path, mmap=True)["module"].items():
+            empty = value is None or (isinstance(value, torch.Tensor) and value.numel() == 0)
+            if name.endswith("_extra_state") and not empty:
+                raise InputError(
+                    f"{path}: {name} is not empty, and Transformer Engine would unpickle it: refused, and nothing "
+                    "of it was run; load what your own run wrote"
+                )
+
+
 def _find_other(file: Path) -> str | None:
     """A line that names what the file holds beyond data and the known classes, found without loading it."""
     try:
