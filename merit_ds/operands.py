@@ -34,7 +34,6 @@ class Gatherer:
         self._sizes = [local_part(weight).numel() for weight in self._weights]
         self._distributed = any(map(is_distributed, self._weights))
         self._seen: list[Callable[[], Tensor | None]] = []
-        self._present: list[int] = []
         self._present_sizes: list[int] = []
 
     def __call__(self, grads: Sequence[Tensor | None], states: Sequence[dict[str, Any] | None]) -> Operands:
@@ -62,14 +61,14 @@ class Gatherer:
 
     def _usable(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         if self._seen and all(map(is_, map(call, self._seen), grads)):
-            present: Any = grads if len(self._present) == len(grads) else [grads[number] for number in self._present]
+            # A reference to what is gone gives None too: as many sizes as before say that no gradient went missing.
+            present = [grad for grad in grads if grad is not None]
             if all(map(Tensor.is_contiguous, present)) and list(map(Tensor.numel, present)) == self._present_sizes:
                 return grads
         usable = [_usable(*each) for each in zip(grads, self._shards, self._shapes, strict=True)]
         as_they_are = all(map(is_, usable, grads))
         self._seen = [_nothing if grad is None else weakref.ref(grad) for grad in grads] if as_they_are else []
-        self._present = [number for number, grad in enumerate(grads) if grad is not None]
-        self._present_sizes = [self._sizes[number] for number in self._present]
+        self._present_sizes = [size for size, grad in zip(self._sizes, grads, strict=True) if grad is not None]
         return usable
 
 

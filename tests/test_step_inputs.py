@@ -9,6 +9,9 @@ from oracle import GROUP
 from torch.nn import Parameter
 
 from merit_ds import Merit, UnsupportedError
+from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.operands import Gatherer
+from merit_ds.shard import Shard
 
 SETTINGS = {name: GROUP[name] for name in ("lr", "betas", "eps", "weight_decay")}
 
@@ -199,6 +202,33 @@ def test_no_gradient_is_held_after_the_step(fused):
     gradient = weakref.ref(weight.grad)
     optimizer.zero_grad()
     assert gradient() is None
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("gone", [(0,), (1,), (0, 1)])
+def test_gradients_that_are_gone_since_the_last_step_leave_their_weights_alone(fused, gone):
+    """`zero_grad` without a backward pass: a reference to a gradient that is gone looks like one that never was."""
+    weights, others = ([matrix(seed=seed) for seed in (0, 2)] for _ in range(2))
+    optimizer = Merit(weights, fused=fused, **SETTINGS)
+    alone = [Merit([other], fused=fused, **SETTINGS) for other in others]
+    for missing in ((), gone, gone):
+        for number in missing:
+            weights[number].grad = None
+        optimizer.step()
+        for number in {0, 1}.difference(missing):
+            alone[number].step()
+        assert all(map(torch.equal, weights, others))
+    assert [optimizer.state[weight]["step"] for weight in weights] == [3 - 2 * (number in gone) for number in (0, 1)]
+
+
+def test_a_partitions_gradient_that_is_gone_since_the_last_step_is_refused():
+    layout = ShardLayout.build([Matrix(0, 6, 5)], bounds=[0, 30], rank=0)
+    weight = matrix()
+    gather = Gatherer([Shard(weight, layout, (), wrapper="none", group="all")], moments=())
+    gather([weight.grad], [None])
+    weight.grad = None
+    with pytest.raises(UnsupportedError, match="a partition of zero_optimization has no gradient"):
+        gather([weight.grad], [None])
 
 
 def test_parameters_without_a_gradient_get_no_state():
