@@ -120,7 +120,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 result is exact. No weight has been changed then; where the moments of cut weights may have been, every
                 further step is refused as well, until a state is loaded. In a later one, when a group says otherwise
                 than before how its weights are laid out (`merit_ds.shard.layout_settings`), or settings change during
-                the capture of a CUDA graph.
+                the capture of a CUDA graph, or a tensor has no memory of its own for the fused kernel to take.
             ValueError: a parameter that was frozen before is trained, and has no defined step. Nothing was changed.
         """
         if self._refusal is not None:  # the moments have been touched: another try would not be exact

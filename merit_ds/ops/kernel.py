@@ -23,8 +23,8 @@ class Kernel:
             in the operands' place.
         table: makes the rectangles' table on the operands' device, or where the implementation wants it.
         preparer: for weights of given sizes on a device, makes a function that turns the operands of each step into
-            what the operations take, or raises ValueError. It may remember what spares it work in the next step, but
-            no gradient: that would hold its memory.
+            what the operations take, or raises ValueError, or UnsupportedError where another implementation can take
+            them. It may remember what spares it work in the next step, but no gradient: that would hold its memory.
     """
 
     name: str

@@ -7,10 +7,13 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress, cycle
+from operator import not_
 
 import torch
 from torch import Tensor
 
+from merit_ds.errors import UnsupportedError
 from merit_ds.ops.builder import BuildError, CPUMeritBuilder, CUDAMeritBuilder
 from merit_ds.ops.kernel import Kernel
 from merit_ds.ops.merit_rule import MERIT
@@ -51,12 +54,15 @@ class _Preparer:
 
     def __call__(self, operands: Operands) -> _Prepared:
         weights, grads, exp_avgs, exp_avg_sqs = operands
-        addresses = _addresses((*weights, *exp_avgs, *exp_avg_sqs, *grads))
+        tensors = (*weights, *exp_avgs, *exp_avg_sqs, *grads)
+        addresses = _addresses(tensors)
         dtypes = [None if tensor is None else tensor.dtype for tensor in grads]
         if addresses != self._addresses or dtypes != self._dtypes:
             kept = 3 * len(weights)
             if addresses[:kept] != self._addresses[:kept] or dtypes != self._dtypes:
                 check_operands(operands, sizes=self._sizes, device=self._device)
+            if not all(addresses):
+                _check_memory(tensors, grads, addresses)
             self._records = _records(addresses, [tensor.dtype for tensor in weights], dtypes)
             self._addresses, self._dtypes = addresses, dtypes
         return _Prepared(operands, self._records)
@@ -78,6 +84,16 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         return list(map(Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # some are missing
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _check_memory(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], addresses: list[int]) -> None:
+    """Raise UnsupportedError where what is stepped has no memory: a kernel would take it for missing, or crash."""
+    for tensor, grad in compress(zip(tensors, cycle(grads), strict=False), map(not_, addresses)):
+        if tensor is not None and grad is not None and tensor.numel():
+            raise UnsupportedError(
+                f"Merit's fused kernels need tensors with memory of their own, and a {type(tensor).__name__} of shape "
+                f"{tuple(tensor.shape)} has none: give fused=False, which has the same bits"
+            )
 
 
 def _run(
