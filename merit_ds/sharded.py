@@ -57,7 +57,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: a setting out of its range, a group's that is another optimizer's or misspelt, or a parameter whose
-            dtype or shape has no defined step.
+            dtype or shape has no defined step, or that is in its group twice.
     """
 
     stepper: ClassVar[type[Stepper]] = Stepper
@@ -96,7 +96,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_for_all(added, self.defaults, name=type(self).__name__)
             check_settings(added, name=type(self).__name__)
             check_known(added, {"params", *self.defaults, *self.marks} - unmeasured, name=type(self).__name__)
-            check_parameters(added["params"], added, name=type(self).__name__)
+            check_parameters(added, name=type(self).__name__)
         except Exception:
             self.param_groups.pop()
             raise

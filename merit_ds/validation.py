@@ -2,7 +2,7 @@
 """What the optimizers accept: settings, parameters, and saved states."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any, NamedTuple
@@ -163,13 +163,22 @@ def check_saved_group(group: dict[str, Any], defaults: dict[str, Any], *, name: 
     check_settings(group, name=name)
 
 
-def check_parameters(parameters: Iterable[Tensor], group: dict[str, Any], *, name: str) -> None:
-    """Raise ValueError for a parameter whose dtype or shape has no defined step; a frozen one needs none.
+def check_parameters(group: dict[str, Any], *, name: str) -> None:
+    """Raise ValueError for a group's parameter that is in it twice, or whose dtype or shape has no defined step.
 
-    Args:
-        group: theirs.
+    A frozen one needs no step. torch only warns of one that is there twice; two threads of a kernel would step it at
+    once.
     """
-    for parameter in filter(is_trained, parameters):
+    seen = set()
+    for number, parameter in enumerate(group["params"]):
+        if parameter in seen:
+            called = group["param_names"][number] if "param_names" in group else f"number {number}"
+            raise ValueError(
+                f"{name}: parameter {called} of a group, of shape {tuple(parameter.shape)}, is in it already: give "
+                "each once, also a tied weight, as model.parameters() does"
+            )
+        seen.add(parameter)
+    for parameter in filter(is_trained, group["params"]):
         check_dtype(parameter, name=name)
         logical_matrices(parameter, group)
 

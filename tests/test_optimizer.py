@@ -188,6 +188,19 @@ def test_a_group_that_is_refused_by_whatever_error_is_not_kept():
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_that_is_twice_in_a_group_is_refused_by_name():
+    """Two threads of a kernel would step it at once; torch only warns."""
+    tied, other = parameter(3, 3), parameter(3, 4)
+    with pytest.raises(ValueError, match=r"parameter number 2 of a group, of shape \(3, 3\), is in it already"):
+        Merit([tied, other, tied], **SETTINGS)
+    optimizer = Merit([("other.weight", other)], **SETTINGS)
+    tied.requires_grad_(False)  # it may be trained later
+    with pytest.raises(ValueError, match=r"Merit: parameter head.weight of a group.*give each once, also a tied"):
+        optimizer.add_param_group({"params": [("embedding.weight", tied), ("head.weight", tied)]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_list_of_parameters_that_was_changed_and_other_strides_say_what_to_do():
     weight, late = parameter(4, 5), parameter(4, 5, seed=1)
     optimizer = Merit([weight], **SETTINGS)
