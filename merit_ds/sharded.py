@@ -8,6 +8,7 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from merit_ds.binding import bind, is_dry_run, stepped_tensors
@@ -106,6 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # as torch's own: it would trace the weak references to gradients, and cannot
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Change every weight that has a gradient.
@@ -236,9 +238,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if all(map(self._is_laid_out, group["params"])):
             return
         origin = self._origin(group)
-        check_for_all(
-            group, self.defaults, name=type(self).__name__
-        )  # a universal checkpoint is loaded into the groups
+        # A universal checkpoint is loaded into the groups.
+        check_for_all(group, self.defaults, name=type(self).__name__)
         settings = self.settings_for_layout(group)
         shards = bind(settings, origin.parameters, shapes=origin.shapes)
         self._bound.update({shard.tensor: shard for shard in shards})

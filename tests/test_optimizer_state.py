@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from optimizer_case import SETTINGS, expected, parameter, train
+from optimizer_case import SETTINGS, expected, gradient, parameter, train
 
 from merit_ds import Merit
 
@@ -96,3 +96,21 @@ def test_copies_and_pickles_go_on_stepping():
         (twin,) = clone.param_groups[0]["params"]
         train(clone, [twin], steps=range(2, 4))
         assert torch.equal(twin, straight)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compiled_step_is_the_plain_one(fused):
+    """After steps that were not compiled, whose gradients are remembered by weak references."""
+    weights, others = ([parameter(6, 5, seed=seed) for seed in (0, 1)] for _ in range(2))
+    optimizer, plain = (Merit(each, fused=fused, **SETTINGS) for each in (weights, others))
+    train(optimizer, weights, steps=range(2))
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        compiled()  # the gradients stay as they are
+    for step in range(2, 5):
+        for index, weight in enumerate(weights):
+            weight.grad = gradient(weight.shape, step=step, seed=index)
+        compiled()
+    train(plain, others, steps=[0, 1, 1, 1, 1, 2, 3, 4])
+    assert all(map(torch.equal, weights, others))
+    assert [optimizer.state[weight]["step"] for weight in weights] == [8, 8]
