@@ -159,6 +159,40 @@ def test_a_table_that_reaches_beyond_its_memory_is_refused(change):
         torch.ops.merit_ds.step(*operands(6, 5), **with_fault)
 
 
+def two_matrices():
+    """Two of [4, 5], the first in two tiles; and their operands."""
+    tiles = [Tile(0, 0, 5, 2, 5, row_slot=6, col_slot=1, whole_slot=0, hyper=0)]
+    tiles.append(tiles[0].part(2, 0, rows=2, cols=5))
+    tiles.append(Tile(1, 0, 5, 4, 5, row_slot=16, col_slot=11, whole_slot=10, hyper=0))
+    first, second = operands(4, 5), operands(5, 4)
+    both = Operands(*([a[0], b[0].view(4, 5)] for a, b in zip(first, second, strict=True)))
+    return tiles, both, {"scalars": torch.tensor(scalars_of(GROUP)), "maxima": torch.zeros(20, 2)}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (0, 2, 1)])
+def test_tiles_of_a_matrix_that_are_apart_are_refused_where_the_order_counts(order):
+    """The CPU kernel would change the first half of the weight by the maxima of that half alone."""
+    tiles, tensors, rest = two_matrices()
+    expected = [[part.clone() for part in column] for column in tensors]
+    for w, g, m, v in zip(*expected, strict=True):
+        merit_step(w, g, m, v, **SETTINGS)
+    table = tabulate([tiles[number] for number in order])
+    if order == (0, 2, 1):
+        with pytest.raises(ValueError, match="merit_ds::step: the tiles of whole_slot 0 are apart"):
+            torch.ops.merit_ds.step(*tensors, table, **rest)
+        torch.ops.merit_ds.accumulate(*tensors, table, **rest)
+        torch.ops.merit_ds.apply(*tensors, table, **rest)
+    else:
+        torch.ops.merit_ds.step(*tensors, table, **rest)
+    assert all(map(torch.equal, tensors.weights, expected[0]))
+
+
+def test_tiles_without_a_ratio_may_lie_anywhere():
+    tiles, tensors, rest = two_matrices()
+    free = [tile._replace(row_slot=-1, col_slot=-1, whole_slot=-1) for tile in tiles]
+    torch.ops.merit_ds.step(*tensors, tabulate([free[0], tiles[2], free[1]]), **rest)
+
+
 def test_tensors_that_no_kernel_can_take_are_refused():
     w, g, m, v = (part[0] for part in operands(6, 6))
     for wrong in (

@@ -6,6 +6,8 @@ costs 0.16 us, which for a model of 300 unsharded weights is as much as all its 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from merit_ds.ops.table import Operands, Scalars, Tile, check_operands
 _PURPOSE = {
     "accumulate": "First pass: the moments in place, and maxima raised.",
     "apply": "Second pass, when the maxima are complete: the weights in place.",
-    "step": "Both passes, for rectangles to whose maxima nobody else contributes.",
+    "step": "Both passes, for matrices to whose maxima nobody else contributes; each one's tiles follow each other.",
 }
 
 
@@ -33,6 +35,8 @@ def _define(name: str) -> Callable[..., None]:
     ) -> None:
         operands = Operands(weights, grads, exp_avgs, exp_avg_sqs)
         check(operands, tiles=tiles, scalars=scalars, maxima=maxima, noop=noop)
+        if name == "step":
+            _check_order(tiles)
         if not tiles.shape[0]:
             return
         kernel = select_kernel(maxima.device)
@@ -108,6 +112,21 @@ def _check_bounds(operands: Operands, tiles: Tensor, *, slots: int, rows: int) -
     )
     if not fits:
         raise ValueError("merit_ds: a row of tiles names elements, slots or scalars that are not there")
+
+
+def _check_order(tiles: Tensor) -> None:
+    """Raise ValueError where tiles of one matrix are apart: the CPU kernel finishes a matrix before it takes the next.
+
+    So it would change a weight by the maxima of the tiles that it has met.
+    """
+    seen = set()
+    for (slot, _), _ in groupby((Tile(*row) for row in tiles.tolist()), key=attrgetter("whole_slot", "tensor")):
+        if slot >= 0 and slot in seen:
+            raise ValueError(
+                f"merit_ds::step: the tiles of whole_slot {slot} are apart or in several tensors: put those of one "
+                "matrix side by side in the table, or call accumulate and then apply, which take any order"
+            )
+        seen.add(slot)
 
 
 OPERATIONS = {name: _define(name) for name in _PURPOSE}

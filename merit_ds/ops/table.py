@@ -77,7 +77,8 @@ class Tile(NamedTuple):
         offset: of its first element in that tensor.
         row_slot, col_slot: slots of its first row's and its first column's maxima; the others' follow. -1 where the
             matrix has none: a vector, or a matrix without a trust ratio.
-        whole_slot: slot of the whole weight's maxima; -1 without a trust ratio.
+        whole_slot: slot of the whole weight's maxima, a matrix's own; -1 without a trust ratio. A `step` takes the
+            tiles that have it one after the other, from one tensor, for a kernel to finish a matrix before the next.
         hyper: which row of scalars.
     """
 
