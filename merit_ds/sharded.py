@@ -135,7 +135,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         work = self._work()
         if work is None:
             return loss
-        self._check_ready()
+        self._check_ready(work)
         grads = [tensor.grad for tensor in work.tensors]
         states = work.states(grads, self.state, self._moments)
         operands = work.gather(grads, states)
@@ -211,7 +211,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 now = layout_settings(self.settings_for_layout(group))
                 check_laid_out(before, now, name=type(self).__name__, number=number)
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, work: Work) -> None:
         """Raise UnsupportedError where a step would lack something that the caller must have done before."""
 
     def __getstate__(self) -> dict[str, Any]:

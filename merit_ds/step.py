@@ -118,19 +118,22 @@ class Stepper:
         run(kernel.apply, cut)
         run(kernel.apply, split)
 
-    def agree(self) -> None:
-        """Find out whether a rank refuses its layout, by an exchange of that alone.
+    def agree(self, problem: str | None = None) -> None:
+        """Find out whether a rank refuses its layout or this step, by an exchange of that alone.
+
+        Args:
+            problem: why this rank refuses the step, else None.
 
         Raises:
             UnsupportedError: on all ranks.
         """
         self.maxima.zero_()
-        self._tell_problems()
+        self._tell_problems(problem)
         exchanges = [*self._exchanges(self.plan.data), *self._exchanges(self.plan.tensor)]
         _start(exchanges)
         _wait(exchanges)
-        if problem := self._problem():
-            raise UnsupportedError(problem)
+        if found := problem or self._problem():
+            raise UnsupportedError(found)
 
     def clear(self) -> None:
         """Empty all slots. A whole-weight ratio that is not to count becomes 0, whatever finite numbers come in."""
@@ -175,9 +178,9 @@ class Stepper:
         own, carried = self._carried.unbind(1)
         self.maxima[own] = self.maxima[carried]
 
-    def _tell_problems(self) -> None:
+    def _tell_problems(self, problem: str | None = None) -> None:
         for slot, number in self.plan.problems:
-            self.maxima[slot] = float(self.shards[number].problem is not None)
+            self.maxima[slot] = float((problem or self.shards[number].problem) is not None)
 
     def _problem(self) -> str | None:
         """Why one of the ranks refuses its layout, as they have told each other."""
@@ -185,7 +188,7 @@ class Stepper:
         if problems:
             return problems[0]
         if any(bool(self.maxima[slot, 0] != 0) for slot, _ in self.plan.problems):
-            return "another rank refuses its partition of the weights: see its message"
+            return "another rank refuses the step or its partition of the weights: see its message"
         return None
 
 

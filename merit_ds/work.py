@@ -101,6 +101,11 @@ class Work:
             self._all_states = list(state.values())
         return self._states
 
+    def agree(self, problem: str | None) -> None:
+        """Refuse a step on all ranks or none, before anything is changed; a collective. See `Stepper.agree`."""
+        for _, stepper in self._steppers:
+            stepper.agree(problem)
+
     def step(
         self,
         operands: Operands,

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baselines under PyTorch's fully_shard on gloo ranks, against the same optimizers over whole parameters."""
 
+import pytest
 import torch
 from baseline_cases import EXACT, ROUNDED, NonEmptyShapes, kind_of, options
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
+
+from merit_ds import MeritSophiaG, UnsupportedError
 
 STEPS = 3
 MESHES = {"sharded": (4,), "replicated and sharded": (2, 2)}
@@ -57,3 +60,27 @@ def _check_all(rank):
 
 def test_every_baseline_is_right_under_fully_shard():
     run_ranks(4, _check_all)
+
+
+def _step_without_an_estimate(rank):
+    plain, model = (torch.nn.Linear(4, 1) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer, alone = MeritSophiaG(model.parameters(), 0.01), MeritSophiaG(plain.parameters(), 0.01)
+    for parameter, copy in zip(model.parameters(), plain.parameters(), strict=True):
+        copy.grad = torch.ones_like(copy)
+        parameter.grad = distribute_tensor(copy.grad.clone(), parameter.device_mesh, parameter.placements)
+    with pytest.raises(UnsupportedError) as refusal:
+        optimizer.step()
+    for each in (optimizer, alone):
+        each.update_hessian([torch.ones_like(copy) for copy in plain.parameters()], examples=10)
+        each.step()
+    for parameter, copy in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter.detach().full_tensor(), copy)
+    return str(refusal.value)
+
+
+def test_a_missing_estimate_is_refused_on_the_ranks_that_hold_no_gradient_too():
+    """A weight of one row lies on rank 0 alone: rank 1 waited for it in the exchange of the step."""
+    first, second = run_ranks(2, _step_without_an_estimate)
+    assert "no estimate of the Hessian yet" in first and "another rank refuses the step" in second

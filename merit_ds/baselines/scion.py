@@ -18,6 +18,7 @@ from merit_ds.ops.table import Operands
 from merit_ds.shard import Shard
 from merit_ds.sharded import ShardedOptimizer
 from merit_ds.step import Stepper
+from merit_ds.work import Work
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that Muon and Scion share."""
@@ -223,6 +224,6 @@ class MeritScion(ShardedOptimizer):
         }
         super().__init__(params, defaults, rule=ScionRule())
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, work: Work) -> None:
         if self.inspect is not None:
             raise UnsupportedError("MeritScion has no trust ratios to inspect: leave optimizer.inspect at None")

@@ -16,6 +16,7 @@ from merit_ds.ops.rule import Moments, Norms, Rule
 from merit_ds.ops.table import by_kind, host_lr
 from merit_ds.shard import own_parts
 from merit_ds.sharded import ShardedOptimizer
+from merit_ds.work import Work
 from merit_ds.zero3 import is_partitioned
 
 
@@ -156,15 +157,19 @@ class MeritSophiaG(ShardedOptimizer):
                     h[place].mul_(beta2).add_((grad * grad).mul_((1.0 - beta2) * examples))
         self._estimated = True
 
-    def _check_ready(self) -> None:
+    def _check_ready(self, work: Work) -> None:
+        if self._estimated or any(group["step"] for group in self.param_groups):
+            return
         # A step of zero gradients, by which torch makes an optimizer create its state, changes nothing without one.
+        # Of a gradient that is not, a rank may hold zeros or nothing, and would wait for those that refuse the step.
         grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        begins = not self._estimated and all(group["step"] == 0 for group in self.param_groups)
-        if begins and any(grad is not None and bool(local_part(grad).any()) for grad in grads):
-            raise UnsupportedError(
-                "MeritSophiaG has no estimate of the Hessian yet: call update_hessian before the first step and every "
-                "hessian_interval steps, as pretrain_gpt.py does"
-            )
+        lacking = any(grad is not None and bool(local_part(grad).any()) for grad in grads)
+        work.agree(
+            "MeritSophiaG has no estimate of the Hessian yet: call update_hessian before the first step and every "
+            "hessian_interval steps, as pretrain_gpt.py does"
+            if lacking
+            else None
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_estimated": self._estimated}
