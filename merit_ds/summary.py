@@ -58,16 +58,10 @@ def summary(
     elements = sum(matrix.numel for matrix in matrices)
     settings = "; ".join(_settings(group) for group, _ in groups)
     kernels = {kernel_name(shard.tensor.device, fused=fused, rule=rule) for shard in shards}
-    cut = sum(len(shard.layout.cut) for shard in shards)
-    slots = sum(shard.layout.exchange_size for shard in shards if shard.group is not None)
-    slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)
-    exchanged = "maxima" if rule.norm is None or rule.norm.name == "max" else "sums of squares"
-    size = 8 if exchanged == "maxima" else 16
     wrappers = sorted({shard.wrapper for shard in shards})
     return (
         f"{name}: {_ratios(matrices, rule)} ({elements:,} elements); wrapper {' '.join(wrappers)}; "
-        f"{cut} weights of this rank cut, {size * slots:,} bytes of {exchanged} a step; "
-        f"kernel {' '.join(sorted(kernels))}; {settings}"
+        f"{_exchanged(shards, rule)}kernel {' '.join(sorted(kernels))}; {settings}"
     )
 
 
@@ -85,6 +79,17 @@ def _ratios(matrices: Sequence[Matrix], rule: Rule) -> str:
     counts = {text: sum(map(belongs, matrices)) for text, belongs in kinds.items()}
     shown = {text: count for text, count in counts.items() if count or text.startswith("vectors")}
     return ", ".join(f"{count} {text}" for text, count in shown.items())
+
+
+def _exchanged(shards: Sequence[Shard], rule: Rule) -> str:
+    """The weights with norms that other ranks share, and what a step exchanges of those; where a rule has norms."""
+    if rule.norm is None:
+        return ""
+    cut = sum(len(shard.layout.cut) for shard in shards)
+    slots = sum(shard.layout.exchange_size for shard in shards if shard.group is not None)
+    slots += sum(shard.layout.tensor_exchange_size for shard in shards if shard.tensor_group is not None)
+    size, what = (8, "maxima") if rule.norm.name == "max" else (16, "sums of squares")
+    return f"{cut} weights of this rank cut, {size * slots:,} bytes of {what} a step; "
 
 
 def _settings(group: dict[str, Any]) -> str:

@@ -13,8 +13,15 @@ from pytorch_optimizer import LARS, SCION, Lamb
 from pytorch_optimizer.optimizer.scion import LMONorm
 
 from merit_ds import Merit, MeritLAMB, MeritLARS, MeritLion, MeritMaxLAMB, MeritScion, MeritSophiaG, MeritW
-from merit_ds.baselines.scion import orthogonalized
+from merit_ds.baselines.lamb import LambRule
+from merit_ds.baselines.lion import LionRule
+from merit_ds.baselines.scion import ScionRule, orthogonalized
 from merit_ds.errors import UnsupportedError
+from merit_ds.layout import Matrix, ShardLayout
+from merit_ds.ops.merit_rule import MERIT
+from merit_ds.ops.rule import L2
+from merit_ds.shard import Shard
+from merit_ds.summary import summary
 
 
 def in_float64(weights, formula):
@@ -202,3 +209,20 @@ def test_an_l2_norm_has_no_fused_kernel():
     weight.grad = torch.ones_like(weight)
     with pytest.raises(UnsupportedError, match="no fused kernel"):
         Merit([weight], 0.02, norm="l2", fused=True).step()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (MERIT, "1 weights of this rank cut, 64 bytes of maxima a step; kernel"),
+        (LambRule(L2), "1 weights of this rank cut, 32 bytes of sums of squares a step; kernel"),
+        (LionRule(), "wrapper ZeRO; kernel"),
+        (ScionRule(), "wrapper ZeRO; kernel"),
+    ],
+)
+def test_the_line_at_startup_says_what_is_exchanged_only_of_norms(rule, said):
+    """Lion sends nothing, and Scion whole momenta: neither has maxima, which a weight in two slices would share."""
+    matrix = Matrix(0, 6, 5, elementwise=rule.elementwise, scaled=rule.norm is not None)
+    layout = ShardLayout.build([matrix], bounds=[0, 7, 30], rank=0)
+    shard = Shard(torch.nn.Parameter(torch.zeros(7)), layout, (matrix,), wrapper="ZeRO", group="all")
+    assert said in summary([({"lr": 0.1}, [shard])], name="Any", rule=rule, fused=False)
