@@ -66,7 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """What a group may say beside the settings in `defaults`."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, rule: Rule, fused: bool | None = None) -> None:
-        if fused not in (None, True, False):
+        if fused is not None and not isinstance(fused, bool):  # 0 equals False, but is not it
             raise ValueError(f"{type(self).__name__}: fused={fused!r}, but it must be True, False or None")
         self.fused = fused
         self.rule = rule

@@ -164,6 +164,13 @@ def test_bad_values_name_argument_value_and_what_is_allowed(name, value):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("fused", [0, 1, 0.0, "false"])
+def test_fused_is_one_of_three_and_no_number(fused):
+    """0 equals False, and yet it chose the fused kernel."""
+    with pytest.raises(ValueError, match=f"Merit: fused={fused!r}, but it must be True, False or None"):
+        Merit([parameter(2, 2)], fused=fused, **SETTINGS)
+
+
 def test_unsupported_parameters_are_refused():
     with pytest.raises(ValueError, match="float64"):
         Merit([parameter(2, 2, dtype=torch.float64)], lr=0.1)
