@@ -51,8 +51,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         found_inf: None, or one number, the same on all ranks: where it is not 0 a step changes no weight and no
-            moment, without the host having to know, as in a CUDA graph. `step` counts all the same, unless the rule's
-            scalars depend on it. Set it to what `torch.amp` found, for instance.
+            moment, without the host having to know, as in a CUDA graph. A call of `step` counts all the same, unless
+            the rule's scalars depend on the count; a graph's replays do not. Set it to what `torch.amp` found, say.
         inspect: None, or what the next step is to show its pieces to (see `merit_ds.inspection`), once for each call
             of `step` and device; set it on all ranks. It stays until it is set to None.
 

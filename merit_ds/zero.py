@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of DeepSpeed's flat ZeRO-1/2 partitions. With zero3, the only reader of DeepSpeed's private attributes.
+"""The layout of DeepSpeed's flat ZeRO-1/2 partitions.
+
+Of the optimizer's modules this one and `zero3` read DeepSpeed's private attributes, and three read one each: `binding`
+asks by `_hp_mapping` whether parameters are partitioned, `shard` takes a shape from `ds_shape`, `megatron` the group of
+automatic tensor parallelism.
 
 DeepSpeedZeroOptimizer and BF16_Optimizer lay a group's low-precision parameters into one flat buffer, make every
 `parameter.data` a view of it, and hand the optimizer a float32 copy of this rank's slice. So the buffer's real order
