@@ -131,8 +131,9 @@ def test_results_of_another_study_or_corpus_are_not_mixed(folder, done):
         "--blank-lines",
     ]
     subprocess.run([sys.executable, "-m", "merit_ds.training.data", *arguments], cwd=folder, check=True)
-    other = lab(folder, "study", "done", data="other/data")
-    assert other.returncode == 1 and "holds results on other data than other/data" in other.stderr
+    for options in ([], ["--dry-run"]):
+        other = lab(folder, "study", "done", *options, data="other/data")
+        assert other.returncode == 1 and "holds results on other data than other/data" in other.stderr
 
 
 def test_a_terminal_shows_one_block_that_is_drawn_anew(folder):

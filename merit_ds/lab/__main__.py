@@ -36,6 +36,8 @@ unfinished_checkpoint*/
 latest
 zero_to_*.py
 """
+DATA = "data.json"
+"""What identifies the corpus of a study's folder."""
 COPIED = "# A copy by merit_ds.lab: `base` is relative to the folder of the study itself, not to this one.\n"
 
 
@@ -94,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
     machine = share_machine(arguments.script, jobs=arguments.jobs, ranks=ranks, starts=starts, need_gpus=need_gpus)
     display = Display(machine)
     data = _describe_data(arguments.data)
+    _check_same_data(output, arguments.data, data)
     laboratory = Laboratory(
         study,
         source=arguments.study.parent,
@@ -169,13 +172,16 @@ def _describe_data(prefix: str) -> dict[str, Any]:
     }
 
 
+def _check_same_data(output: Path, prefix: str, data: dict[str, Any]) -> None:
+    known = output / DATA
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != data:
+        raise InputError(f"{output} holds results on other data than {prefix}: give another --output")
+
+
 def _prepare(output: Path, study: Path, prefix: str, data: dict[str, Any], vocab: Path | None) -> None:
     """Make the study's folder, with links to the corpus so that no run's files name its path."""
     output.mkdir(parents=True, exist_ok=True)
-    known = output / "data.json"
-    text = json.dumps(data, indent=1) + "\n"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != data:
-        raise InputError(f"{output} holds results on other data than {prefix}: give another --output")
+    known, text = output / DATA, json.dumps(data, indent=1) + "\n"
     copy = COPIED + study.read_text(encoding="utf-8").removeprefix(COPIED)
     for path, content in ((known, text), (output / ".gitignore", IGNORED), (output / "study.yaml", copy)):
         if not path.exists() or path.read_text(encoding="utf-8") != content:

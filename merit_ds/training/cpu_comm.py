@@ -5,6 +5,7 @@ On a machine without an accelerator `deepspeed.init_distributed` compiles this o
 first time. `python -m merit_ds.training.cpu_comm` does it beforehand, into TORCH_EXTENSIONS_DIR.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -150,6 +151,7 @@ def _is_open(path: Path) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m merit_ds.training.cpu_comm", description=__doc__).parse_args()
     try:
         prebuild()
     except InputError as error:
