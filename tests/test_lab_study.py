@@ -227,5 +227,5 @@ def test_every_study_of_the_project_expands_to_runs_that_add_up(path):
 def test_there_are_studies():
     names = {str(path.relative_to(REPOSITORY / "configs" / "studies")) for path in STUDIES}
     full = {"gpt2.yaml", "llama.yaml", "batch_scaling.yaml", "ablations.yaml", "hessian.yaml"}
-    small = {"gpt2.yaml", "llama.yaml", "confirmation.yaml", "qk_norm.yaml", "hessian.yaml"}
+    small = {"gpt2.yaml", "llama.yaml", "confirmation.yaml", "qk_norm.yaml", "hessian.yaml", "time.yaml"}
     assert names == full | {f"small/{name}" for name in small}
