@@ -188,9 +188,15 @@ def test_tiles_of_a_matrix_that_are_apart_are_refused_where_the_order_counts(ord
 
 
 def test_tiles_without_a_ratio_may_lie_anywhere():
-    tiles, tensors, rest = two_matrices()
-    free = [tile._replace(row_slot=-1, col_slot=-1, whole_slot=-1) for tile in tiles]
-    torch.ops.merit_ds.step(*tensors, tabulate([free[0], tiles[2], free[1]]), **rest)
+    weights = []
+    for order in ((0, 1, 2), (0, 2, 1)):
+        tiles, tensors, rest = two_matrices()
+        before = [weight.clone() for weight in tensors.weights]
+        free = [tile._replace(row_slot=-1, col_slot=-1, whole_slot=-1) for tile in tiles[:2]] + tiles[2:]
+        torch.ops.merit_ds.step(*tensors, tabulate([free[number] for number in order]), **rest)
+        assert not any(map(torch.equal, tensors.weights, before))
+        weights.append(tensors.weights)
+    assert all(map(torch.equal, *weights))
 
 
 def test_tensors_that_no_kernel_can_take_are_refused():

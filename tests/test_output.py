@@ -10,6 +10,8 @@ from typing import Any
 import launch
 import pytest
 
+from merit_ds.training import output
+
 RECIPE = """
 model: {num_layers: 1, hidden_size: 32, num_attention_heads: 2, seq_length: 32}
 data: {prefix: data, tokenizer: byte}
@@ -48,6 +50,11 @@ def test_a_run_that_is_stopped_after_its_reader_has_gone_saves_and_ends_well(tmp
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=120) == 0
     assert (tmp_path / "run" / "latest").read_text() == f"global_step{max(launch.losses(tmp_path / 'run'))}"
+
+
+def test_a_full_disk_under_a_log_file_is_heard_of() -> None:
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match="No space left"):
+        output._Outliving(full).write("a line\n" * 10_000)
 
 
 def test_the_budget_is_told_in_epochs(tmp_path: Path) -> None:

@@ -8,11 +8,9 @@ checkpoint that was asked for.
 
 import errno
 import os
+import stat
 import sys
 from typing import Any
-
-_GONE = (errno.EPIPE, errno.EIO)
-"""What writing gives where the reader of a pipe, or the terminal, has gone."""
 
 
 class _Outliving:
@@ -36,7 +34,9 @@ class _Outliving:
 
     def _let_go(self, error: OSError) -> None:
         """What the stream still holds goes to /dev/null, also when the interpreter flushes it at exit."""
-        if error.errno not in _GONE:
+        # A terminal that has gone gives EIO; so does a disk that fails under a log file, and that must be heard of.
+        is_device = stat.S_ISCHR(os.fstat(self._stream.fileno()).st_mode)
+        if error.errno != errno.EPIPE and not (error.errno == errno.EIO and is_device):
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
